@@ -1,0 +1,44 @@
+"""HIM: a versioned memory for agents and model state, kept as image pyramids of tiles.
+
+    import him
+
+    with him.open("memory", create=True) as repo:
+        work = repo.writable("main")
+        work.put_image(picture, "screens/login")
+        print(repo.query("find button 'Submit'", "main").as_json())
+
+Importing this package loads nothing but errors' table of contents: the parts are loaded on first use, so that the
+command line can answer through a warm daemon in a few milliseconds.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from him.app import Repository, SnapshotHandle, open
+    from him.errors import HimError
+
+__version__ = "0.1.0"
+
+_HOMES: Final = {
+    "open": "him.app",
+    "Repository": "him.app",
+    "SnapshotHandle": "him.app",
+    "HimError": "him.errors",
+}
+"""Public name → the module it is loaded from when first asked for (PEP 562)."""
+
+__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "open"]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'him' has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,0 +1,171 @@
+"""The machine HIM runs on: a folder as a Disk, the system's clock and its randomness."""
+
+import errno
+import fcntl
+import os
+import secrets
+import time
+from pathlib import Path
+
+from him.errors import HimError, NotFoundError, StorageError
+
+
+def _refused(error: OSError, path: str) -> HimError:
+    """The HIM error for an operating system's refusal."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"the disk is full ({reason})", place=path)
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StorageError(
+            f"not allowed to write ({reason})", place=path, fix="mend the permissions, or copy the repository"
+        )
+    return StorageError(f"the disk failed ({reason})", place=path)
+
+
+class LocalFile:
+    """A file descriptor with positional reads and writes and an exclusive lock (flock)."""
+
+    def __init__(self, descriptor: int, path: str) -> None:
+        self._descriptor = descriptor
+        self._path = path
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes; raises StorageError when the disk fails."""
+        parts: list[bytes] = []
+        try:
+            while size > 0:
+                part = os.pread(self._descriptor, size, offset)
+                if not part:
+                    break
+                parts.append(part)
+                offset += len(part)
+                size -= len(part)
+        except OSError as error:
+            raise _refused(error, self._path) from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data`; raises StorageError."""
+        view = memoryview(data)
+        try:
+            while view:
+                done = os.pwrite(self._descriptor, view, offset)
+                view = view[done:]
+                offset += done
+        except OSError as error:
+            raise _refused(error, self._path) from error
+
+    def size(self) -> int:
+        """Length in bytes."""
+        return os.fstat(self._descriptor).st_size
+
+    def truncate(self, size: int) -> None:
+        """Cut or extend to `size` bytes."""
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            raise _refused(error, self._path) from error
+
+    def sync(self) -> None:
+        """fdatasync; raises StorageError when the disk did not take it."""
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            raise _refused(error, self._path) from error
+
+    def lock(self, *, wait: bool) -> bool:
+        """Flock exclusively; it is given back by the kernel when the process dies."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        """Give the lock back."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class LocalDisk:
+    """A folder; files are created for the owner alone (0600, folders 0700)."""
+
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        self._root = root
+        self._read_only = read_only
+
+    def open(self, path: str, *, create: bool = False) -> LocalFile:
+        """Open for reading and writing, or for reading alone where writing is not allowed."""
+        full = self._root / path
+        try:
+            if self._read_only:
+                return LocalFile(os.open(full, os.O_RDONLY | os.O_CLOEXEC), path)
+            if create:
+                full.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return LocalFile(os.open(full, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600), path)
+        except FileNotFoundError as error:
+            raise NotFoundError("no such file in the repository", place=path) from error
+        except OSError as error:
+            raise _refused(error, path) from error
+
+    def list(self, folder: str) -> list[str]:
+        """Sorted names, leftovers of `write_whole` excluded."""
+        try:
+            return sorted(one.name for one in (self._root / folder).iterdir() if one.suffix != ".new")
+        except FileNotFoundError:
+            return []
+
+    def write_whole(self, path: str, data: bytes) -> None:
+        """Write beside, sync, rename, sync the folder."""
+        beside = self.open(f"{path}.{os.getpid()}.new", create=True)
+        try:
+            beside.truncate(0)
+            beside.write_at(0, data)
+            beside.sync()
+        finally:
+            beside.close()
+        try:
+            (self._root / f"{path}.{os.getpid()}.new").replace(self._root / path)
+        except OSError as error:
+            raise _refused(error, path) from error
+        self.sync_folder(str(Path(path).parent))
+
+    def remove(self, path: str) -> None:
+        """Unlink if present."""
+        (self._root / path).unlink(missing_ok=True)
+
+    def sync_folder(self, folder: str) -> None:
+        """Fsync the folder itself."""
+        try:
+            descriptor = os.open(self._root / folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise _refused(error, folder) from error
+
+
+class SystemClock:
+    """The machine's clocks."""
+
+    def now_ns(self) -> int:
+        """Wall clock."""
+        return time.time_ns()
+
+    def monotonic_ns(self) -> int:
+        """Monotonic clock."""
+        return time.monotonic_ns()
+
+
+class SystemRng:
+    """The machine's cryptographic randomness."""
+
+    def token(self, size: int) -> bytes:
+        """`size` bytes of os.urandom."""
+        return secrets.token_bytes(size)

@@ -1,0 +1,41 @@
+"""Image files to pixels through Pillow, which refuses truncated files (OpenCV fills them with grey)."""
+
+import io
+import warnings
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from him.config import IMAGE_FILE_BYTES_MAX, IMAGE_PIXELS_MAX
+from him.errors import LimitError, UsageError
+
+FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
+
+
+class PillowDecoder:
+    """`ports.PictureDecoder`."""
+
+    def decode(self, data: bytes, name: str) -> NDArray[np.uint8]:
+        """(h, w, 3) uint8 RGB, turned upright as its metadata says; alpha is laid over white."""
+        if len(data) > IMAGE_FILE_BYTES_MAX:
+            raise LimitError(f"the file holds {len(data)} bytes; at most {IMAGE_FILE_BYTES_MAX}", object=name)
+        try:
+            with warnings.catch_warnings():
+                # Pillow warns of large pictures; the limit below decides.
+                warnings.simplefilter("ignore")
+                with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                    width, height = picture.size
+                    if width * height > IMAGE_PIXELS_MAX:
+                        raise LimitError(f"{width}×{height} pixels; at most {IMAGE_PIXELS_MAX}", object=name)
+                    picture.load()
+                    upright = ImageOps.exif_transpose(picture)
+                    if "A" in upright.getbands() or "transparency" in upright.info:
+                        white = Image.new("RGBA", upright.size, "white")
+                        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+                    return np.array(upright.convert("RGB"), dtype=np.uint8)
+        except UnidentifiedImageError as error:
+            raise UsageError("not a picture", object=name, fix=f"give a {', '.join(FORMATS)} file") from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UsageError(f"the picture cannot be read ({error})", object=name, fix="save it again") from error

@@ -1,0 +1,536 @@
+"""The composition root: puts adapters behind the ports and offers the whole as `Repository`.
+
+with him.open("memory", create=True) as repo:
+    repo.writable("main").put_image(picture, "login")
+    answer = repo.query("find button 'Submit'", "main")
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+import him
+from him import doctor
+from him.adapters.local import LocalDisk, SystemClock, SystemRng
+from him.adapters.minilm import MiniLmEncoder
+from him.adapters.pillow import PillowDecoder
+from him.adapters.rapidocr import RapidTextReader
+from him.adapters.sqlite import SqliteMemo, SqliteProjection
+from him.catalog.fsck import Fsck, FsckReport
+from him.catalog.history import BRANCH, TAG, History
+from him.catalog.log import FileLog
+from him.catalog.reader import SnapshotReader
+from him.config import (
+    BUDGET_MS,
+    FOLDER_PICTURES_MAX,
+    FORMAT_VERSION,
+    IMAGE_FILE_BYTES_MAX,
+    TREE_BYTES_MAX,
+)
+from him.errors import (
+    ConflictError,
+    HimError,
+    IntegrityError,
+    LimitError,
+    NotFoundError,
+    UsageError,
+    VersionError,
+)
+from him.handle import Parts, SnapshotHandle, read_limited
+from him.ingest import Ingest, IngestReport, Progress
+from him.perception import parse_tree
+from him.ports import Clock, Recorder, Rng, TextEncoder, TextReader
+from him.query import Answer, QuerySource, answer, plan
+from him.query.calibrate import shipped
+from him.query.snapshot import RowCache, SnapshotSource
+from him.replay import Recording, ReplayReport, Trace
+from him.replay import load as load_trace
+from him.replay import replay as replay_trace
+from him.replay import save as save_trace
+from him.replay.trace import names as trace_names
+from him.replay.trace import new_trace
+from him.tier.warm import PACK_FOLDER, WarmStore
+from him.types import (
+    TRACE_PREFIX,
+    QueryPlan,
+    Snapshot,
+    SnapshotId,
+    StreamSpec,
+    TileKey,
+    TreeNode,
+    ulid_text,
+)
+
+Array = NDArray[np.generic]
+MARKER: Final = "him.json"
+PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_DECISION_ROOMS: Final = ("query", "index")
+_SAMPLES_KEPT: Final = 64
+_SAMPLES_NEEDED: Final = 20
+
+
+class _Marker(msgspec.Struct):
+    """What `him.json` holds."""
+
+    format: int
+    repository_id: str
+    created_at_ns: int
+
+
+def open(
+    path: str | os.PathLike[str],
+    *,
+    create: bool = False,
+    clock: Clock | None = None,
+    rng: Rng | None = None,
+    reader: TextReader | None = None,
+    encoder: TextEncoder | None = None,
+) -> "Repository":
+    """Open a repository.
+
+    Args:
+        path: its folder.
+        create: make it when the folder is missing or empty.
+        clock, rng, reader, encoder: other ports than the embedded ones.
+
+    Raises:
+        NotFoundError: no repository there.
+        ConflictError: `create`, and the folder holds something else.
+        VersionError: written by a newer format.
+        IntegrityError: its commit log is damaged.
+    """
+    root = Path(path)
+    clock, rng = clock or SystemClock(), rng or SystemRng()
+    if not (root / MARKER).is_file():
+        if not create:
+            raise NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
+        _create(root, clock, rng)
+    return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder())
+
+
+def _create(root: Path, clock: Clock, rng: Rng) -> None:
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    disk = LocalDisk(root)
+    FileLog.create(disk)
+    (root / PACK_FOLDER).mkdir(exist_ok=True, mode=0o700)
+    marker = _Marker(FORMAT_VERSION, rng.token(16).hex(), clock.now_ns())
+    # Last, so that a crash leaves either no repository or a whole one.
+    disk.write_whole(MARKER, msgspec.json.encode(marker) + b"\n")
+
+
+def _read_marker(root: Path) -> _Marker:
+    try:
+        marker = msgspec.json.decode((root / MARKER).read_bytes(), type=_Marker)
+        bytes.fromhex(marker.repository_id)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise IntegrityError(f"{MARKER} does not parse ({error})", object=MARKER, place=str(root)) from error
+    if marker.format > FORMAT_VERSION:
+        raise VersionError(f"the repository has format {marker.format}, this software knows {FORMAT_VERSION}")
+    return marker
+
+
+class Repository:
+    """A repository: snapshots to write and read, queries, replays, checks. Use as a context manager."""
+
+    def __init__(self, path: Path, clock: Clock, rng: Rng, reader: TextReader, encoder: TextEncoder) -> None:
+        self.path = path
+        marker = _read_marker(path)
+        self.read_only = not os.access(path, os.W_OK)
+        self._clock, self._rng, self._text_reader, self._encoder = clock, rng, reader, encoder
+        self._disk = LocalDisk(path, read_only=self.read_only)
+        self._log = FileLog(self._disk, read_only=self.read_only)
+        cache = None if self.read_only else path / "cache"
+        self._projection = SqliteProjection(cache / "projection.sqlite" if cache else None)
+        self._memo = SqliteMemo(cache / "memo.sqlite" if cache else None)
+        self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(marker.repository_id))
+        writer = f"{platform.node()}:{os.getpid()}"
+        self._history = History(self._log, self._projection, self._store, self._memo, clock, rng, writer)
+        self._history.refresh()
+        self._ingest = Ingest(self._history, self._store, self._memo, clock, reader, encoder)
+        self._decoder = PillowDecoder()
+        self._parts = Parts(self._store, self._memo, self._history, self._ingest, self._decoder, self.query)
+        self._rows = RowCache()
+        self._took_ms: dict[str, list[float]] = {}
+        self._warm = False
+        self._pins: dict[str, str] = {}
+
+    def __enter__(self) -> "Repository":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release files and locks; what was acknowledged is durable already."""
+        self._store.close()
+        self._log.close()
+        self._projection.close()
+        self._memo.close()
+
+    # -- snapshots and names
+
+    def snapshot(self, name: str) -> "SnapshotHandle":
+        """The snapshot a branch, a tag or an id names, as it stands now. Raises NotFoundError."""
+        return SnapshotHandle(self._parts, self._history.snapshot(name))
+
+    def create_snapshot(
+        self,
+        *,
+        parent: str | None = None,
+        branch: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> "SnapshotHandle":
+        """Open a snapshot (O(1), whatever its parent holds). Raises NotFoundError, ConflictError."""
+        own = {"him": him.__version__, "python": platform.python_version(), "platform": platform.platform()}
+        opened = self._history.open_snapshot(
+            parent=parent, branch=branch, tags=tags, provenance={**own, **(provenance or {})}
+        )
+        return SnapshotHandle(self._parts, opened)
+
+    def writable(self, name: str) -> "SnapshotHandle":
+        """The open snapshot behind a branch (made if unknown; a child if its head is sealed) or an id."""
+        return SnapshotHandle(self._parts, self._history.writable(name))
+
+    def branch(self, name: str, *, source: str | None = None) -> "SnapshotHandle":
+        """A new branch from `source` (empty when left out), in O(1). Raises ConflictError, NotFoundError."""
+        return self.create_snapshot(parent=source, branch=name)
+
+    def tag(self, name: str, target: str) -> None:
+        """Name a snapshot for good. Raises ConflictError when the name is taken."""
+        self._history.set_ref(name, TAG, target)
+
+    def set_branch(self, name: str, target: str) -> None:
+        """Point an existing or new branch at a snapshot."""
+        self._history.set_ref(name, BRANCH, target)
+
+    def delete_ref(self, name: str) -> None:
+        """Remove a branch or tag; its snapshot stays. Raises NotFoundError."""
+        self._history.delete_ref(name)
+
+    def refs(self) -> dict[str, tuple[str, SnapshotId]]:
+        """Name → ("branch" or "tag", snapshot id)."""
+        return {name: (kind, SnapshotId(target)) for name, (kind, target) in self._history.refs().items()}
+
+    def snapshots(self) -> list[Snapshot]:
+        """All snapshots, oldest first."""
+        return self._history.snapshots()
+
+    def delete_snapshot(self, name: str) -> None:
+        """Stop listing a snapshot that no name holds. Raises ConflictError, NotFoundError."""
+        self._history.drop(name)
+
+    def declare_stream(self, spec: StreamSpec) -> None:
+        """Add a stream of one's own. Raises ConflictError."""
+        self._history.declare_stream(spec)
+
+    def log(self) -> Iterator[dict[str, object]]:
+        """Commit records, newest first: seq, hash, time_ns, writer, operations."""
+        for seq, digest, record in reversed(list(self._history.records())):
+            yield {
+                "seq": seq,
+                "hash": digest.hex(),
+                "time_ns": record.time_ns,
+                "writer": record.writer,
+                "operations": [_plain(operation) for operation in record.operations],
+            }
+
+    # -- writing
+
+    def ingest(
+        self,
+        path: str | os.PathLike[str],
+        snapshot: str,
+        *,
+        frame: str | None = None,
+        tree: str | os.PathLike[str] | None = None,
+        stream: str | None = None,
+        progress: Progress | None = None,
+    ) -> Iterator[IngestReport]:
+        """Store a picture, a `.npy` array or a folder of pictures; one report each, each durable when yielded.
+
+        Running it again skips what is stored already, so an interrupted folder is resumed. Beside `NAME.png` in a
+        folder, `NAME.tree.json` is not read: a tree is given with `tree`, for one picture.
+
+        Raises:
+            UsageError: nothing readable there, two files of one frame name, a tree for a folder.
+        """
+        source = Path(path)
+        if source.is_dir():
+            if frame is not None or tree is not None:
+                raise UsageError("a frame's name and a tree belong to one picture, not to a folder")
+            items = _folder(source)
+        elif source.is_file():
+            items = [(frame if frame is not None else source.stem, source)]
+        else:
+            raise NotFoundError(f"no such file: {source}", object=str(source), fix="check the path")
+        nodes = None if tree is None else parse_tree(read_limited(Path(tree), TREE_BYTES_MAX))
+        for number, (name, file) in enumerate(items):
+            if progress is not None and len(items) > 1:
+                progress(number, len(items), name)
+            yield self._ingest_file(file, snapshot, name, nodes, stream, progress if len(items) == 1 else None)
+
+    def _ingest_file(
+        self,
+        file: Path,
+        snapshot: str,
+        frame: str,
+        tree: Sequence[TreeNode] | None,
+        stream: str | None,
+        progress: Progress | None,
+    ) -> IngestReport:
+        if file.suffix.lower() == ".npy":
+            return self._ingest.array(snapshot, stream or "kv_cache", frame, _read_array(file), progress=progress)
+        if stream not in (None, "screen"):
+            raise UsageError(f"a picture goes into the stream screen, not {stream!r}")
+        pixels = self._decoder.decode(read_limited(file, IMAGE_FILE_BYTES_MAX), str(file))
+        return self._ingest.picture(snapshot, frame, pixels, tree=tree, progress=progress)
+
+    # -- queries
+
+    def warm(self, snapshot: str | None = None) -> None:
+        """Load the models and, for a snapshot, its rows: what a query must not wait for."""
+        if not self._warm:
+            self._encoder.encode(["warm"])
+            shipped()
+            self._pins = self._pins or self._fresh_pins()
+            self._warm = True
+        if snapshot is not None:
+            self._rows.rows(self._reader(self._history.snapshot(snapshot)), None)
+
+    def query(
+        self,
+        goal: str,
+        snapshot: str,
+        *,
+        frame: str | None = None,
+        budget_ms: int = BUDGET_MS,
+        startup: Callable[[], float] | None = None,
+    ) -> Answer:
+        """Answer a goal on a snapshot within a budget; leaves a trace that `replay` recomputes.
+
+        Args:
+            goal: what to find, in a person's words.
+            snapshot: branch, tag or id; a branch's head is read as it stands now.
+            frame: search this frame alone.
+            budget_ms: from receipt (when models and rows are loaded) to the answer.
+            startup: milliseconds from the caller's start to now, asked once at receipt and repeated in the answer.
+
+        Raises:
+            UsageError, NotFoundError, IntegrityError.
+        """
+        self.warm(snapshot)
+        found = self._history.snapshot(snapshot)
+        trace_id = TRACE_PREFIX + ulid_text(
+            (self._clock.now_ns() // 1_000_000).to_bytes(6, "big") + self._rng.token(10)
+        )
+        recording = Recording()
+        startup_ms = startup() if startup is not None else 0.0
+        result = answer(
+            goal, self._source(found), recording, self._clock, self._encoder, frame=frame, budget_ms=budget_ms,
+            snapshot_id=found.snapshot_id, directory=found.directory.hex(), trace_id=trace_id, startup_ms=startup_ms,
+            p95_ms=self._learned(),
+        )  # fmt: skip
+        self._learn(result.stages_ms)
+        request: dict[str, str | int | float | None] = {
+            "goal": goal, "frame": frame, "budget_ms": budget_ms, "startup_ms": startup_ms,
+        }  # fmt: skip
+        line = answer_line(result)
+        save_trace(
+            self._spool,
+            new_trace(
+                trace_id, "query", found.snapshot_id, found.directory.hex(), request, self._pins, recording, line
+            ),
+        )
+        return result
+
+    def plan(self, goal: str, snapshot: str, *, frame: str | None = None, budget_ms: int = BUDGET_MS) -> QueryPlan:
+        """The tiles a query would read, without reading any."""
+        found = self._history.snapshot(snapshot)
+        return plan(
+            goal, self._source(found), self._encoder, frame=frame, budget_ms=budget_ms,
+            snapshot_id=found.snapshot_id, directory=found.directory.hex(),
+        )  # fmt: skip
+
+    def source(self, snapshot: str) -> QuerySource:
+        """Read access for `him.query.fetch` and `fuse`, at the snapshot's present directory."""
+        return self._source(self._history.snapshot(snapshot))
+
+    def prefetch(self, plan: Mapping[str, object]) -> dict[str, object]:
+        """Where the tiles of a plan (an answer's `plan`, or `--plan-only`'s) stand; without a cold tier all are warm.
+
+        Raises:
+            UsageError: not a plan.
+        """
+        inner = plan.get("plan", plan)
+        try:
+            tiles = msgspec.convert(inner, type=_PlanInput)
+        except msgspec.ValidationError as error:
+            raise UsageError(f"not a plan: {error}", fix="give the JSON of `him query --plan-only --json`") from error
+        name = str(plan.get("snapshot_id") or tiles.snapshot_id)
+        reader = SnapshotReader(self._store, self._memo, bytes.fromhex(tiles.directory))
+        warm = sum(
+            1 for tile in tiles.tiles if reader.entry(TileKey(tile.stream, tile.frame, tile.level, tile.y, tile.x))
+        )
+        return {
+            "snapshot_id": name,
+            "planned": len(tiles.tiles),
+            "warm": warm,
+            "missing": len(tiles.tiles) - warm,
+            "staged": 0,
+        }
+
+    # -- replay
+
+    def replay(self, trace_id: str) -> ReplayReport:
+        """Recompute a recorded query and compare every step and the answer's bytes. Changes nothing.
+
+        Raises:
+            NotFoundError: no such trace.
+        """
+        return replay_trace(load_trace(self._spool, trace_id), self._fresh_pins, self._rerun)
+
+    def traces(self) -> list[str]:
+        """Ids of recorded queries, oldest first."""
+        return trace_names(self._spool)
+
+    def _rerun(self, trace: Trace, recorder: Recorder) -> str:
+        reader = SnapshotReader(self._store, self._memo, bytes.fromhex(trace.directory))
+        request = trace.request
+        result = answer(
+            str(request["goal"]), SnapshotSource(reader, RowCache()), recorder, self._clock, self._encoder,
+            frame=None if request["frame"] is None else str(request["frame"]),
+            budget_ms=int(request["budget_ms"] or 0), snapshot_id=trace.snapshot_id, directory=trace.directory,
+            trace_id=trace.trace_id, startup_ms=float(request["startup_ms"] or 0.0),
+        )  # fmt: skip
+        return answer_line(result)
+
+    # -- care
+
+    def fsck(self, *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
+        """Check every digest; with `rebuild` make projection and address index anew from log and packs first."""
+        if rebuild:
+            self._history.rebuild()
+            self._store.forget_addresses()
+        return Fsck(self._disk, self._history, self._projection, self._store, progress).run()
+
+    def doctor(self) -> list[dict[str, object]]:
+        """Checks of the machine and the installation: check, ok, detail, fix."""
+        return doctor.examine(self.path, self._disk, self._clock, self._encoder, self._text_reader)
+
+    # -- inner
+
+    @property
+    def _spool(self) -> LocalDisk:
+        """Where traces go: the repository, or for a read-only one the user's own state folder."""
+        if not self.read_only:
+            return self._disk
+        home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
+        return LocalDisk(Path(home) / "him" / _read_marker(self.path).repository_id)
+
+    def _reader(self, found: Snapshot) -> SnapshotReader:
+        return SnapshotReader(self._store, self._memo, found.directory)
+
+    def _source(self, found: Snapshot) -> SnapshotSource:
+        return SnapshotSource(self._reader(found), self._rows)
+
+    def _fresh_pins(self) -> dict[str, str]:
+        return {
+            "code": _code_digest(),
+            "encoder": self._encoder.pin(),
+            "calibrator": shipped().digest(),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "machine": platform.machine(),
+            "him_format": str(FORMAT_VERSION),
+        }
+
+    def _learn(self, stages_ms: Mapping[str, float]) -> None:
+        for name, took in stages_ms.items():
+            samples = self._took_ms.setdefault(name, [])
+            samples.append(took)
+            del samples[:-_SAMPLES_KEPT]
+
+    def _learned(self) -> dict[str, float]:
+        """p95 of the last durations of each stage, once there are enough."""
+        return {
+            name: sorted(samples)[len(samples) * 95 // 100]
+            for name, samples in self._took_ms.items()
+            if len(samples) >= _SAMPLES_NEEDED
+        }
+
+
+class _PlanTile(msgspec.Struct):
+    stream: str
+    frame: str
+    level: int
+    x: int
+    y: int
+    tile_id: str = ""
+
+
+class _PlanInput(msgspec.Struct):
+    directory: str
+    tiles: list[_PlanTile]
+    snapshot_id: str = ""
+
+
+def answer_line(result: Answer) -> str:
+    """The one line of an answer: what `--json` prints and what a replay compares."""
+    return msgspec.json.encode(result.as_json()).decode()
+
+
+def _code_digest() -> str:
+    """Digest of the source of what decides an answer."""
+    hasher = blake3()
+    for room in _DECISION_ROOMS:
+        folder = resources.files("him") / room
+        for name in sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".py")):
+            source = (folder / name).read_bytes()
+            hasher.update(f"{room}/{name}:{len(source)}:".encode() + source)
+    return hasher.hexdigest()
+
+
+def _folder(root: Path) -> list[tuple[str, Path]]:
+    """(frame name, file) of every picture below a folder, sorted by name."""
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+    if not files:
+        raise UsageError(f"no pictures in {root}", object=str(root), fix=f"pictures end in {', '.join(PICTURES)}")
+    if len(files) > FOLDER_PICTURES_MAX:
+        raise LimitError(f"{len(files)} pictures; at most {FOLDER_PICTURES_MAX}")
+    named: dict[str, Path] = {}
+    for file in files:
+        name = file.relative_to(root).with_suffix("").as_posix()
+        if name in named:
+            raise UsageError(
+                f"two files would be one frame {name!r}: {named[name].name} and {file.name}", fix="rename one of them"
+            )
+        named[name] = file
+    return sorted(named.items())
+
+
+def _read_array(file: Path) -> Array:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"not a .npy array ({error})", object=str(file), fix="write it with numpy.save") from error
+
+
+def _plain(operation: msgspec.Struct) -> dict[str, object]:
+    """An operation for people: its name and its fields, bytes as hex."""
+    fields = {name: getattr(operation, name) for name in operation.__struct_fields__}
+    shown = {name: value.hex() if isinstance(value, bytes) else value for name, value in fields.items()}
+    return {"operation": str(operation.__struct_config__.tag), **shown}
+
+
+__all__ = ["HimError", "Repository", "SnapshotHandle", "answer_line", "open"]

@@ -1,0 +1,1 @@
+"""History: the commit log as authority, snapshots, branches and the durable commit."""

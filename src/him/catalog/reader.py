@@ -1,0 +1,155 @@
+"""Reading one snapshot at one directory hash: frames, entries, verified tiles, whole arrays."""
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from him.errors import NotFoundError, UsageError
+from him.ports import Memo
+from him.pyramid import directory, levels, update
+from him.pyramid.levels import Scratch
+from him.tier.warm import WarmStore
+from him.tile import codec
+from him.tile.address import tile_id
+from him.types import Box, Entry, Frame, TileId, TileKey, TileMeta, snapshot_id, tile_id_text
+
+Array = NDArray[np.generic]
+
+
+class SnapshotReader:
+    """A snapshot's content as it stood at `directory_hash`; later commits do not change what it shows."""
+
+    def __init__(self, store: WarmStore, memo: Memo, directory_hash: bytes) -> None:
+        self._store = store
+        self._memo = memo
+        self.directory = directory_hash
+        self._frames: dict[tuple[str, str], Frame] = {}
+
+    def frame(self, stream: str, name: str) -> Frame:
+        """The frame's record. Raises NotFoundError."""
+        found = self._frames.get((stream, name)) or directory.find(self._store, self.directory, (stream, name))
+        if found is None:
+            raise NotFoundError(f"the snapshot has no frame {name!r} in stream {stream!r}", object=f"{stream}:{name}")
+        self._frames[stream, name] = found
+        return found
+
+    def frames(self, stream: str | None = None) -> list[Frame]:
+        """Frames (of one stream), sorted by stream and name."""
+        found = (one for one in directory.scan(self._store, self.directory) if stream in (None, one.stream))
+        return sorted(found, key=lambda one: (one.stream, one.name))
+
+    def entry(self, key: TileKey) -> Entry | None:
+        """What a cell holds: for a derived tile its blob and the youngest origin it covers; None when absent.
+
+        Raises:
+            NotFoundError: no such frame or level.
+        """
+        frame = self.frame(key.stream, key.frame)
+        if key.level == 0:
+            return update.get(self._store, frame.root, frame.root_height, key.y, key.x)
+        blob = levels.tile(Scratch(self._store), self._memo, frame, key.level, key.y, key.x)
+        if blob is None:
+            return None
+        return Entry(blob, levels.latest_origin(self._store, frame, key.level, key.y, key.x))
+
+    def tile_id(self, key: TileKey) -> TileId:
+        """Identity of a present tile. Raises NotFoundError."""
+        entry = self._present(key)
+        return tile_id(key, entry.origin, entry.blob_id)
+
+    def tile(self, key: TileKey) -> Array | bytes:
+        """Verified values at true extent, read-only; a document's bytes.
+
+        Raises:
+            NotFoundError: nothing was put there.
+            IntegrityError: the stored bytes are damaged; the message names the tile and the place.
+        """
+        entry = self._present(key)
+        if key.level == 0 or self._store.has(entry.blob_id):
+            return self._store.read_tile(entry.blob_id)
+        scratch = Scratch(self._store)
+        levels.tile(scratch, _Forgetful(), self.frame(key.stream, key.frame), key.level, key.y, key.x)
+        return scratch.read_tile(entry.blob_id)
+
+    def meta(self, key: TileKey) -> TileMeta:
+        """What is known of a tile without its values. Raises NotFoundError."""
+        entry = self._present(key)
+        frame = self.frame(key.stream, key.frame)
+        found = self._store.read(entry.blob_id)
+        shape, dtype = codec.shape_and_dtype(found.meta)
+        return TileMeta(
+            tile_id_text(tile_id(key, entry.origin, entry.blob_id)), key.stream, key.frame,
+            snapshot_id(entry.origin), key.level, key.x, key.y, shape, dtype, None, frame.halo,
+            entry.blob_id.hex(), self._store.size_of(entry.blob_id),
+        )  # fmt: skip
+
+    def keys(self, stream: str, name: str, window: Box | None = None) -> Iterator[TileKey]:
+        """Keys of present level-0 tiles (within a window of columns and rows)."""
+        frame = self.frame(stream, name)
+        for row, column, _ in update.scan(self._store, frame.root, frame.root_height, window):
+            yield TileKey(stream, name, 0, row, column)
+
+    def document(self, stream: str, name: str) -> bytes:
+        """The single document of a frame. Raises NotFoundError, IntegrityError."""
+        found = self.tile(TileKey(stream, name, 0, 0, 0))
+        if not isinstance(found, bytes):
+            raise UsageError(f"{stream}:{name} holds arrays, not a document")
+        return found
+
+    def array(self, stream: str, name: str) -> Array:
+        """A frame's whole array at its extent; absent tiles are zeros.
+
+        Shapes: (height, width) or (height, width, channels); a KV tensor in the shape it was given.
+        """
+        frame = self.frame(stream, name)
+        if frame.content != "array":
+            raise UsageError(f"{frame} holds documents, not an array", fix="read its tiles one by one")
+        tail = (frame.channels,) if frame.channels else ()
+        whole = np.zeros((frame.height, frame.width, *tail), dtype=codec.DTYPES[frame.dtype])
+        for key in self.keys(stream, name):
+            values = self.tile(key)
+            if not isinstance(values, bytes):
+                y, x = key.y * frame.tile_height, key.x * frame.tile_width
+                part = values.reshape(values.shape[0], values.shape[1], *tail)
+                whole[y : y + part.shape[0], x : x + part.shape[1]] = part
+        shape = dict(frame.attributes).get("kv_shape")
+        return whole if shape is None else kv_tensor(whole, tuple(int(n) for n in shape.split(",")))
+
+    def _present(self, key: TileKey) -> Entry:
+        entry = self.entry(key)
+        if entry is None:
+            raise NotFoundError("nothing is stored at that place", object=str(key))
+        return entry
+
+
+class _Forgetful:
+    """A memo that remembers nothing, so that values are computed, not just named."""
+
+    def get(self, kind: str, key: bytes) -> bytes | None:
+        """Nothing."""
+        return None
+
+    def put(self, kind: str, items: object) -> None:
+        """Nothing."""
+
+
+def kv_plane(tensor: Array) -> Array:
+    """A KV tensor as an array of tiles: (layers, 2, heads, tokens, dim) → (tokens, heads·dim, layers·2).
+
+    Tokens run down the rows, so that two caches with one prefix share their first tiles.
+    """
+    layers, two, heads, tokens, dim = tensor.shape
+    return np.ascontiguousarray(tensor.transpose(3, 2, 4, 0, 1)).reshape(tokens, heads * dim, layers * two)
+
+
+def kv_tensor(plane: Array, shape: tuple[int, ...]) -> Array:
+    """Inverse of `kv_plane`."""
+    layers, two, heads, tokens, dim = shape
+    return np.ascontiguousarray(plane.reshape(tokens, heads, dim, layers, two).transpose(3, 4, 1, 0, 2))
+
+
+def bytes_of(value: msgspec.Struct) -> bytes:
+    """Canonical JSON of a value: keys sorted, no spaces."""
+    return msgspec.json.encode(value, order="sorted")

@@ -1,0 +1,80 @@
+"""Every default of the spec as a named constant with its unit; nothing here is computed."""
+
+from typing import Final
+
+from him.types import StreamSpec
+
+FORMAT_VERSION: Final = 1
+
+# Layout (spec §1.1, design §2)
+PAGE_SIDE: Final = 8
+"""Cells a page covers per side."""
+LEVELS_PER_PAGE: Final = 3
+"""Levels in a page's companion: 4×4, 2×2, 1×1."""
+DIRECTORY_LEAF_RECORDS: Final = 64
+DIRECTORY_FANOUT: Final = 16
+PACK_ALIGN_BYTES: Final = 64
+PAYLOAD_ALIGN_BYTES: Final = 4096
+PAYLOAD_ALIGN_FROM_BYTES: Final = 64 * 1024
+PACK_TARGET_BYTES: Final = 64 * 1024 * 1024
+"""A warm pack is finished once it is larger than this."""
+RAW_BELOW_RATIO: Final = 1.25
+"""A payload that compresses less than this is stored raw (design §6)."""
+COMPRESSION_SAMPLE_BYTES: Final = 256 * 1024
+ZSTD_LEVEL: Final = 1
+PAGE_CACHE_PAGES: Final = 65_536
+ADDRESS_TAIL_ROWS: Final = 50_000
+ADDRESS_SEGMENTS_MAX: Final = 8
+
+# Deltas (spec §9)
+DELTA_DEPTH_MAX: Final = 4
+DELTA_FLATTEN_RATIO: Final = 0.30
+
+# Limits on what comes from outside
+TILE_BYTES_MAX: Final = 256 * 1024 * 1024
+IMAGE_PIXELS_MAX: Final = 256 * 1024 * 1024
+IMAGE_FILE_BYTES_MAX: Final = 512 * 1024 * 1024
+META_BYTES_MAX: Final = 1024 * 1024
+LOG_RECORD_BYTES_MAX: Final = 64 * 1024 * 1024
+TREE_NODES_MAX: Final = 50_000
+TREE_BYTES_MAX: Final = 64 * 1024 * 1024
+GOAL_CHARS_MAX: Final = 1_000
+ROWS_PER_APPEND_MAX: Final = 100_000
+FOLDER_PICTURES_MAX: Final = 1_000_000
+DAEMON_REQUEST_BYTES_MAX: Final = 1024 * 1024
+FRAME_CELLS_MAX: Final = 2**31
+"""Rows or columns of tiles in a frame."""
+
+# Query (spec §0, §1.1, §9)
+BUDGET_MS: Final = 150
+TILES_MAX: Final = 8
+"""K: tiles a plan reads."""
+TILES_CAP: Final = 16
+COARSE_TILES_MAX: Final = 3
+RECALL_AT_10: Final = 0.98
+ACCEPT_CONFIDENCE: Final = 0.95
+REJECT_CONFIDENCE: Final = 0.50
+"""Below this probability an answer is `absent` rather than `tentative`."""
+CANDIDATES_MAX: Final = 50
+ANSWER_CANDIDATES_MAX: Final = 10
+
+# Perception
+OCR_HALO_PX: Final = 16
+SCREEN_TILE_PX: Final = 512
+EMBEDDING_DIMS: Final = 384
+EMBEDDING_SCALE: Final = 127
+"""A unit vector's component v is stored as round(v × 127) clipped to ±127 (fixed scale: exact integer scores)."""
+
+STREAMS: Final[dict[str, StreamSpec]] = {
+    spec.name: spec
+    for spec in (
+        StreamSpec("screen", dtype="uint8", halo=OCR_HALO_PX, level_rule="mean", merge_unit="frame"),
+        StreamSpec("scene", content="bytes", tile_height=1, tile_width=1, merge_unit="frame"),
+        StreamSpec("emb", dtype="int8", merge_unit="frame"),
+        StreamSpec("kv_cache", merge_unit="frame"),
+        StreamSpec("skills", content="bytes", tile_height=1, tile_width=1),
+        StreamSpec("logs", content="bytes", tile_height=1, tile_width=1, merge_policy="union", retention_days=30),
+        StreamSpec("audit", content="bytes", tile_height=1, tile_width=1, merge_policy="union"),
+    )
+}
+"""Streams every repository has (spec §1.1, §6 retention; design §6)."""

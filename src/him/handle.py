@@ -1,0 +1,171 @@
+"""One snapshot as its users hold it: what is written to it, read from it and compared with it."""
+
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from him.catalog.history import History
+from him.catalog.reader import SnapshotReader
+from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX
+from him.errors import LimitError, NotFoundError, UsageError
+from him.ingest import Ingest, IngestReport, Progress
+from him.ports import Memo, PictureDecoder
+from him.pyramid import diff, directory
+from him.query import Answer
+from him.tier.warm import WarmStore
+from him.types import Frame, Snapshot, SnapshotId, TileKey, TileMeta, TreeNode
+
+Array = NDArray[np.generic]
+
+
+class Parts(NamedTuple):
+    """The rooms of one repository that a snapshot's user reaches."""
+
+    store: WarmStore
+    memo: Memo
+    history: History
+    ingest: Ingest
+    decoder: PictureDecoder
+    query: Callable[..., Answer]
+
+
+class SnapshotHandle:
+    """One snapshot as it stood when the handle was made; writing moves the handle to what it wrote."""
+
+    def __init__(self, parts: Parts, info: Snapshot) -> None:
+        self._parts = parts
+        self.info = info
+
+    @property
+    def id(self) -> SnapshotId:
+        """The snapshot's id."""
+        return self.info.snapshot_id
+
+    # -- writing
+
+    def put(
+        self, stream: str, value: Array | bytes, *, frame: str = "", level: int = 0, y: int = 0, x: int = 0
+    ) -> TileMeta:
+        """Put one tile (an array) or document (bytes). Raises UsageError, SealedError."""
+        if level != 0:
+            raise UsageError("tiles are put at level 0", fix="declare a level rule for the stream: levels follow")
+        self.info = self._parts.ingest.tiles(self.id, stream, frame, {(y, x): value})
+        return self._reader.meta(TileKey(stream, frame, 0, y, x))
+
+    def put_many(self, stream: str, cells: Mapping[tuple[int, int], Array | bytes | None], *, frame: str = "") -> None:
+        """Put (or, with None, delete) several cells (row, column) in one commit."""
+        self.info = self._parts.ingest.tiles(self.id, stream, frame, cells)
+
+    def put_array(self, stream: str, array: Array, *, frame: str = "") -> IngestReport:
+        """Replace a frame by an array of 1–3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim)."""
+        return self._moved(self._parts.ingest.array(self.id, stream, frame, array))
+
+    def put_image(
+        self,
+        image: NDArray[np.uint8] | str | os.PathLike[str],
+        frame: str,
+        *,
+        tree: Sequence[TreeNode] | None = None,
+        progress: Progress | None = None,
+    ) -> IngestReport:
+        """Replace a screen by a picture, (h, w, 3) uint8 RGB or a file, with all that it shows."""
+        if not isinstance(image, np.ndarray):
+            image = self._parts.decoder.decode(read_limited(Path(image), IMAGE_FILE_BYTES_MAX), str(image))
+        return self._moved(self._parts.ingest.picture(self.id, frame, image, tree=tree, progress=progress))
+
+    def append(self, stream: str, rows: Sequence[object], *, writer: str = "main") -> str:
+        """Append rows (JSON values) to a log stream; the name of the frame they went to."""
+        self.info, frame = self._parts.ingest.append(self.id, stream, rows, writer=writer)
+        return frame
+
+    def seal(self) -> Snapshot:
+        """End writing: levels are computed, the Lamport time is set. Sealing twice is no change."""
+        self.info = self._parts.history.seal(self.id)
+        return self.info
+
+    def set_tag(self, key: str, value: str | None) -> None:
+        """Set (or, with None, remove) an attribute such as task_id, owner, semantic_summary."""
+        self._parts.history.set_attribute(self.id, key, value)
+        self.info = self._parts.history.snapshot(self.id)
+
+    # -- reading
+
+    def get(self, stream: str, *, frame: str = "", level: int = 0, y: int = 0, x: int = 0) -> Array | bytes:
+        """Verified values of a tile; a document's bytes. Raises NotFoundError, IntegrityError."""
+        return self._reader.tile(TileKey(stream, frame, level, y, x))
+
+    def array(self, stream: str, *, frame: str = "") -> Array:
+        """A frame's whole array; absent tiles are zeros."""
+        return self._reader.array(stream, frame)
+
+    @contextmanager
+    def view(self, stream: str, *, frame: str = "", level: int = 0, y: int = 0, x: int = 0) -> Generator[Array | bytes]:
+        """A tile for the length of a `with` block; for now a verified copy, later without copying."""
+        yield self.get(stream, frame=frame, level=level, y=y, x=x)
+
+    def frames(self, stream: str | None = None) -> list[Frame]:
+        """Frames (of one stream), sorted."""
+        return self._reader.frames(stream)
+
+    def tiles(self, stream: str, *, frame: str = "", level: int = 0) -> Iterator[TileMeta]:
+        """Present tiles of a frame at a level, row by row within a page."""
+        reader = self._reader
+        if level == 0:
+            for key in reader.keys(stream, frame):
+                yield reader.meta(key)
+            return
+        record = reader.frame(stream, frame)
+        for y in range(-(-record.rows >> level)):
+            for x in range(-(-record.columns >> level)):
+                if reader.entry(TileKey(stream, frame, level, y, x)) is not None:
+                    yield reader.meta(TileKey(stream, frame, level, y, x))
+
+    def query(self, goal: str, *, frame: str | None = None, budget_ms: int = BUDGET_MS) -> Answer:
+        """Answer a goal on this snapshot; see `Repository.query`."""
+        return self._parts.query(goal, self.id, frame=frame, budget_ms=budget_ms)
+
+    def diff(self, other: "SnapshotHandle") -> Iterator[dict[str, object]]:
+        """What differs from this snapshot to `other`, tile by tile; only differing pages are read."""
+        store = self._parts.store
+        for was, now in directory.diff(store, self.info.directory, other.info.directory):
+            frame = now or was
+            if frame is None:
+                continue
+            old, old_height = (was.root, was.root_height) if was else (b"", 0)
+            new, new_height = (now.root, now.root_height) if now else (b"", 0)
+            for row, column, before, after in diff.cells(store, old, old_height, new, new_height):
+                change = "added" if before is None else "removed" if after is None else "changed"
+                yield {
+                    "stream": frame.stream, "frame": frame.name, "level": 0, "x": column, "y": row, "change": change,
+                }  # fmt: skip
+
+    @property
+    def _reader(self) -> SnapshotReader:
+        return SnapshotReader(self._parts.store, self._parts.memo, self.info.directory)
+
+    def _moved(self, report: IngestReport) -> IngestReport:
+        self.info = self._parts.history.snapshot(self.id)
+        return report
+
+
+def read_limited(file: Path, limit: int) -> bytes:
+    """The bytes of a file from outside.
+
+    Raises:
+        NotFoundError: it is not there.
+        LimitError: longer than `limit` bytes.
+        UsageError: it cannot be read.
+    """
+    try:
+        if file.stat().st_size > limit:
+            raise LimitError(f"the file holds {file.stat().st_size} bytes; at most {limit}", object=str(file))
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"no such file: {file}", object=str(file), fix="check the path") from error
+    except OSError as error:
+        raise UsageError(f"the file cannot be read ({error.strerror})", object=str(file)) from error

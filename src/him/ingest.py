@@ -1,0 +1,304 @@
+"""THE WRITE PATH, read top-down: picture or array → tiles → packs → pyramid → commit → index.
+
+picture ─ tiles (512²) ─ blobs in a pack ─┐
+    └─ see ─ scene ─ vectors ─ blobs ─────┴─ one commit: screen + scene + emb become visible together
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from him.catalog.changes import FrameChange
+from him.catalog.history import History
+from him.catalog.reader import SnapshotReader, bytes_of, kv_plane
+from him.config import FRAME_CELLS_MAX, ROWS_PER_APPEND_MAX, STREAMS
+from him.errors import ConflictError, LimitError, NotFoundError, UsageError
+from him.index import row_texts
+from him.perception import pins, see
+from him.ports import Clock, Memo, TextEncoder, TextReader
+from him.tier.warm import WarmStore
+from him.tile import codec
+from him.types import (
+    BlobId,
+    Frame,
+    Scene,
+    Snapshot,
+    StreamSpec,
+    TreeNode,
+    checked_name,
+    snapshot_bytes,
+)
+
+Array = NDArray[np.generic]
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what)."""
+
+
+class IngestReport(msgspec.Struct, frozen=True):
+    """What one picture or array cost: level-0 tiles of the frame, and bytes appended for all its streams."""
+
+    snapshot_id: str
+    stream: str
+    frame: str
+    tiles_written: int
+    tiles_reused: int
+    bytes_stored: int
+    elements: int
+    ms: float
+    tiles_read: int = 0
+    """Tiles whose text was looked for anew (the others were remembered)."""
+    lines_read: int = 0
+    """Lines whose text was recognised anew."""
+
+    def as_json(self) -> dict[str, object]:
+        """The object documented in docs/CLI_JSON.md."""
+        return {
+            "snapshot_id": self.snapshot_id,
+            "stream": self.stream,
+            "frame": self.frame,
+            "tiles_written": self.tiles_written,
+            "tiles_reused": self.tiles_reused,
+            "bytes_stored": self.bytes_stored,
+            "elements": self.elements,
+            "ms": round(self.ms, 2),
+        }
+
+
+class _Put(NamedTuple):
+    """Blobs put for one frame: cells, and how many of them were new."""
+
+    cells: dict[tuple[int, int], BlobId]
+    written: int
+
+
+class Ingest:
+    """Writes pictures, arrays, tiles and rows into open snapshots."""
+
+    def __init__(
+        self, history: History, store: WarmStore, memo: Memo, clock: Clock, reader: TextReader, encoder: TextEncoder
+    ) -> None:
+        self._history = history
+        self._store = store
+        self._memo = memo
+        self._clock = clock
+        self._reader = reader
+        self._encoder = encoder
+
+    def picture(
+        self,
+        target: str,
+        frame: str,
+        pixels: NDArray[np.uint8],
+        *,
+        tree: Sequence[TreeNode] | None = None,
+        progress: Progress | None = None,
+    ) -> IngestReport:
+        """Store a picture with what it shows: `screen`, `scene` and `emb` in one commit.
+
+        A picture already stored with the same tiles, models and tree is not read again.
+
+        Args:
+            target: branch or open snapshot.
+            pixels: (h, w, 3) uint8 RGB.
+            tree: accessibility nodes in picture pixels.
+        """
+        began = self._clock.monotonic_ns()
+        checked_name(frame, what="frame")
+        snapshot = self._history.writable(target)
+        origin, epoch, before = snapshot_bytes(snapshot.snapshot_id), self._store.epoch, self._store.written_bytes
+        spec = STREAMS["screen"]
+        put = self._put_tiles(pixels, spec, origin)
+        seen = see(pixels, self._reader, self._memo, tree, progress)
+        tiles = tuple((row, column, blob.hex()) for (row, column), blob in sorted(put.cells.items()))
+        scene = msgspec.structs.replace(seen.scene, tiles=tiles)
+        changes = [
+            FrameChange(_frame(spec, frame, pixels), put.cells, replace=True),
+            *self._scene_changes(frame, scene, origin),
+        ]
+        after = self._history.commit(snapshot.snapshot_id, changes, epoch=epoch)
+        return IngestReport(
+            after.snapshot_id, "screen", frame, put.written, len(put.cells) - put.written,
+            self._store.written_bytes - before, len(scene.nodes), (self._clock.monotonic_ns() - began) / 1e6,
+            seen.counts.tiles_detected, seen.counts.crops_recognised,
+        )  # fmt: skip
+
+    def unchanged(self, target: str, frame: str, pixels: NDArray[np.uint8], tree: Sequence[TreeNode] | None) -> bool:
+        """Whether the frame already holds this picture, read by the present models and rules: nothing is left to do."""
+        try:
+            reader = SnapshotReader(self._store, self._memo, self._history.snapshot(target).directory)
+            stored = msgspec.json.decode(reader.document("scene", frame), type=Scene)
+        except NotFoundError:
+            return False
+        if stored.pins != pins(self._reader, tree):
+            return False
+        ours = tuple(
+            (row, column, codec.encode_array(part).blob_id.hex())
+            for row, column, part in _parts(pixels, STREAMS["screen"])
+        )
+        return stored.tiles == ours
+
+    def array(
+        self, target: str, stream: str, frame: str, values: Array, *, progress: Progress | None = None
+    ) -> IngestReport:
+        """Store an array of 1–3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim), as a frame's tiles."""
+        began = self._clock.monotonic_ns()
+        checked_name(frame, what="frame")
+        spec = self._array_stream(stream)
+        attributes: tuple[tuple[str, str], ...] = ()
+        if values.ndim == 5:
+            attributes = (("kv_shape", ",".join(str(n) for n in values.shape)),)
+            values = kv_plane(values)
+        if not 1 <= values.ndim <= 3 or 0 in values.shape:
+            raise UsageError(
+                f"an array of shape {values.shape} does not fit into tiles",
+                fix="give 1 to 3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim)",
+            )
+        values = values[np.newaxis, :] if values.ndim == 1 else values
+        snapshot = self._history.writable(target)
+        origin, epoch, before = snapshot_bytes(snapshot.snapshot_id), self._store.epoch, self._store.written_bytes
+        put = self._put_tiles(values, spec, origin, progress)
+        shape = msgspec.structs.replace(_frame(spec, frame, values), attributes=attributes)
+        after = self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put.cells, replace=True)], epoch=epoch)
+        return IngestReport(
+            after.snapshot_id, stream, frame, put.written, len(put.cells) - put.written,
+            self._store.written_bytes - before, 0, (self._clock.monotonic_ns() - began) / 1e6,
+        )  # fmt: skip
+
+    def tiles(
+        self, target: str, stream: str, frame: str, cells: Mapping[tuple[int, int], Array | bytes | None]
+    ) -> Snapshot:
+        """Put (or, with None, delete) single level-0 cells (row, column) in one commit; the extent grows as needed."""
+        spec = self._history.stream(stream)
+        checked_name(frame, what="frame")
+        if not cells or any(not 0 <= n < FRAME_CELLS_MAX for cell in cells for n in cell):
+            raise UsageError("tiles are put at rows and columns from 0 up")
+        snapshot = self._history.writable(target)
+        origin, epoch = snapshot_bytes(snapshot.snapshot_id), self._store.epoch
+        put: dict[tuple[int, int], BlobId | None] = {}
+        shape: Frame | None = None
+        for (row, column), value in sorted(cells.items()):
+            if value is None:
+                put[row, column] = None
+                continue
+            encoded = self._encoded(spec, value)
+            self._store.put_tile(encoded, origin)
+            put[row, column] = encoded.blob_id
+            shape = _grown(shape, _cell_frame(spec, frame, row, column, value))
+        if shape is None:
+            shape = self._existing(snapshot, stream, frame)
+        return self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put)], epoch=epoch)
+
+    def append(self, target: str, stream: str, rows: Sequence[object], *, writer: str) -> tuple[Snapshot, str]:
+        """Append rows (JSON values) as one document to the log frame of this snapshot and writer; (snapshot, frame)."""
+        spec = self._history.stream(stream)
+        if spec.content != "bytes":
+            raise UsageError(f"stream {stream!r} holds arrays, not rows", fix="append to logs, audit or skills")
+        if not rows or len(rows) > ROWS_PER_APPEND_MAX:
+            raise LimitError(f"append takes 1 to {ROWS_PER_APPEND_MAX} rows; got {len(rows)}")
+        try:
+            lines = [msgspec.json.encode(row, order="sorted") for row in rows]
+        except (TypeError, msgspec.MsgspecError) as error:
+            raise UsageError(f"a row is not JSON: {error}", fix="rows are dicts of plain values") from error
+        snapshot = self._history.writable(target)
+        frame = checked_name(f"{snapshot.snapshot_id}.{writer}", what="frame")
+        epoch = self._store.epoch
+        encoded = codec.encode_bytes(b"\n".join(lines) + b"\n")
+        self._store.put_tile(encoded, snapshot_bytes(snapshot.snapshot_id))
+        shape = msgspec.structs.replace(_cell_frame(spec, frame, 0, 0, b""), height=0)
+        change = FrameChange(shape, {}, append=(encoded.blob_id,))
+        return self._history.commit(snapshot.snapshot_id, [change], epoch=epoch), frame
+
+    # -- inner
+
+    def _scene_changes(self, frame: str, scene: Scene, origin: bytes) -> Iterator[FrameChange]:
+        document = codec.encode_bytes(bytes_of(scene))
+        self._store.put_tile(document, origin)
+        yield FrameChange(_cell_frame(STREAMS["scene"], frame, 0, 0, b""), {(0, 0): document.blob_id}, replace=True)
+        vectors = self._encoder.encode(row_texts(scene)) if scene.nodes else np.zeros((1, 1), dtype=np.int8)
+        put = self._put_tiles(vectors, STREAMS["emb"], origin) if scene.nodes else _Put({}, 0)
+        shape = msgspec.structs.replace(
+            _frame(STREAMS["emb"], frame, vectors), attributes=(("encoder", self._encoder.pin()),)
+        )
+        yield FrameChange(shape, put.cells, replace=True)
+
+    def _put_tiles(self, values: Array, spec: StreamSpec, origin: bytes, progress: Progress | None = None) -> _Put:
+        cells: dict[tuple[int, int], BlobId] = {}
+        written = 0
+        total = -(-values.shape[0] // spec.tile_height) * -(-values.shape[1] // spec.tile_width)
+        for row, column, part in _parts(values, spec):
+            encoded = codec.encode_array(part, quantise=spec.quantise)
+            written += self._store.put_tile(encoded, origin)
+            cells[row, column] = encoded.blob_id
+            if progress is not None:
+                progress(len(cells), total, "store")
+        return _Put(cells, written)
+
+    def _array_stream(self, name: str) -> StreamSpec:
+        spec = self._history.stream(name)
+        if spec.content != "array":
+            raise UsageError(f"stream {name!r} holds documents, not arrays", fix="use screen, emb or kv_cache")
+        return spec
+
+    def _encoded(self, spec: StreamSpec, value: Array | bytes) -> codec.EncodedTile:
+        if isinstance(value, bytes):
+            if spec.content != "bytes":
+                raise UsageError(f"stream {spec.name!r} holds arrays; got a document")
+            return codec.encode_bytes(value)
+        if spec.content != "array":
+            raise UsageError(f"stream {spec.name!r} holds documents; got an array")
+        if spec.dtype and value.dtype.name != spec.dtype:
+            raise UsageError(
+                f"stream {spec.name!r} holds {spec.dtype}; got {value.dtype.name}", fix=f"convert it to {spec.dtype}"
+            )
+        if value.ndim not in (2, 3) or value.shape[0] > spec.tile_height or value.shape[1] > spec.tile_width:
+            raise UsageError(
+                f"a tile of {spec.name!r} has at most {spec.tile_height}×{spec.tile_width} pixels; got {value.shape}"
+            )
+        return codec.encode_array(value, quantise=spec.quantise)
+
+    def _existing(self, snapshot: Snapshot, stream: str, frame: str) -> Frame:
+        return SnapshotReader(self._store, self._memo, snapshot.directory).frame(stream, frame)
+
+
+def _parts(values: Array, spec: StreamSpec) -> Iterator[tuple[int, int, Array]]:
+    """(row, column, values) of each tile at its true extent."""
+    high, wide = spec.tile_height, spec.tile_width
+    for row in range(-(-values.shape[0] // high)):
+        for column in range(-(-values.shape[1] // wide)):
+            yield row, column, values[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
+
+
+def _frame(spec: StreamSpec, name: str, values: Array) -> Frame:
+    channels = values.shape[2] if values.ndim == 3 else 0
+    if spec.dtype and values.dtype.name != spec.dtype:
+        raise UsageError(
+            f"stream {spec.name!r} holds {spec.dtype}; got {values.dtype.name}", fix=f"convert it to {spec.dtype}"
+        )
+    return Frame(
+        spec.name, name, "array", values.shape[0], values.shape[1], channels, codec.dtype_name(values.dtype),
+        spec.tile_height, spec.tile_width, spec.halo, spec.level_rule, b"", 0,
+    )  # fmt: skip
+
+
+def _cell_frame(spec: StreamSpec, name: str, row: int, column: int, value: Array | bytes) -> Frame:
+    """The frame as far as one cell shows it: its extent ends with that cell."""
+    if isinstance(value, bytes):
+        high, wide, channels, dtype = 1, 1, 0, "bytes"
+    else:
+        high, wide = value.shape[0], value.shape[1]
+        channels, dtype = (value.shape[2] if value.ndim == 3 else 0), codec.dtype_name(value.dtype)
+    return Frame(
+        spec.name, name, spec.content, row * spec.tile_height + high, column * spec.tile_width + wide, channels, dtype,
+        spec.tile_height, spec.tile_width, spec.halo, spec.level_rule, b"", 0,
+    )  # fmt: skip
+
+
+def _grown(known: Frame | None, cell: Frame) -> Frame:
+    if known is None:
+        return cell
+    if (known.dtype, known.channels) != (cell.dtype, cell.channels):
+        raise ConflictError("tiles of one frame have one dtype and channel count", object=str(cell))
+    return msgspec.structs.replace(known, height=max(known.height, cell.height), width=max(known.width, cell.width))

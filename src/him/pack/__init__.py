@@ -1,0 +1,1 @@
+"""Many tiles in one append-only, self-describing file."""

@@ -1,0 +1,151 @@
+"""Appending to a pack and walking through one, on a Disk."""
+
+import threading
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from him.config import META_BYTES_MAX, PACK_ALIGN_BYTES
+from him.errors import IntegrityError
+from him.pack import format as layout
+from him.pack import merkle
+from him.ports import File
+from him.tile.address import KIND_FOOTER, KIND_INDEX, blob_id
+from him.types import BlobId, PackFinished, PackRange
+
+_READ_AHEAD: Final = 64 * 1024
+
+
+class PackWriter:
+    """The exclusive writer of one pack; safe to call from several threads.
+
+    Records become part of the repository when a commit record names the range that `close_range` returns.
+    """
+
+    def __init__(self, file: File, name: str, end: int) -> None:
+        self.name = name
+        self.file = file
+        self._end = end
+        self._start = end
+        self._rows: list[tuple[bytes, int, int, int]] = []
+        self._leaves: list[bytes] = []
+        self._lock = threading.Lock()
+
+    @property
+    def end(self) -> int:
+        """Where the next record will begin."""
+        return self._end
+
+    def append(
+        self, kind: int, codec: int, blob: BlobId, meta: bytes, stored: bytes, raw_size: int, origin: bytes
+    ) -> tuple[int, int]:
+        """Write one record; (offset, size). On failure nothing has advanced and the next append overwrites it."""
+        with self._lock:
+            offset = self._end
+            data, digest, size = layout.encode_record(offset, kind, codec, blob, meta, stored, raw_size, origin)
+            self.file.write_at(offset, data)
+            self._end = offset + len(data)
+            self._rows.append((blob, offset, size, kind))
+            self._leaves.append(digest)
+            return offset, size
+
+    def close_range(self) -> PackRange:
+        """Write the index record of what was appended since the last range, and make it all durable."""
+        with self._lock:
+            root = merkle.root(self._leaves)
+            index_offset, end = self._index(KIND_INDEX, self._rows, root)
+            self.file.sync()
+            closed = PackRange(self.name, self._start, index_offset, end, root)
+            self._start = self._end = end
+            self._rows, self._leaves = [], []
+            return closed
+
+    def finish(self, rows: list[tuple[bytes, int, int, int]], range_roots: list[bytes]) -> PackFinished:
+        """Write footer and trailer after the last range; the pack never grows again.
+
+        Args:
+            rows: every row of every range, index records excluded.
+            range_roots: the Merkle roots of the ranges in file order; the pack's root is made of them.
+        """
+        with self._lock:
+            root = merkle.root(range_roots)
+            offset, end = self._index(KIND_FOOTER, rows, root)
+            self.file.write_at(end, layout.encode_trailer(offset, end - offset, root))
+            self.file.sync()
+            return PackFinished(self.name, end + layout.TRAILER_BYTES, root)
+
+    def _index(self, kind: int, rows: list[tuple[bytes, int, int, int]], root: bytes) -> tuple[int, int]:
+        payload = layout.encode_rows(rows)
+        meta = msgspec.msgpack.encode([self._start, len(rows), root])
+        data, _, _ = layout.encode_record(self._end, kind, 0, blob_id(kind, meta, payload), meta, payload, len(payload))
+        self.file.write_at(self._end, data)
+        return self._end, self._end + len(data)
+
+    def close(self) -> None:
+        """Release the file and its lock; an unfinished pack may be continued by another writer."""
+        self.file.close()
+
+
+def read_record(file: File, name: str, offset: int, length: int, expect: BlobId | None = None) -> layout.Record:
+    """The verified record at `offset`. Raises IntegrityError with object and place."""
+    return layout.decode_record(file.read_at(offset, length), f"{name} @ {offset}", expect)
+
+
+def read_index(file: File, named: PackRange) -> list[tuple[bytes, int, int, int]]:
+    """Rows (blob_id, offset, length, kind) of a committed range.
+
+    Raises:
+        IntegrityError: the index record is damaged or not the one the commit record names.
+    """
+    place = f"{named.pack} @ {named.index_offset}"
+    record = read_record(file, named.pack, named.index_offset, named.end - named.index_offset)
+    meta = msgspec.msgpack.decode(record.meta, type=tuple[int, int, bytes])
+    if record.header.kind != KIND_INDEX or meta[0] != named.start or meta[2] != named.merkle_root:
+        raise IntegrityError("the index record is not the one committed", place=place)
+    rows = layout.decode_rows(record.stored, place)
+    blobs = rows["blob"].tobytes()
+    return [
+        (blobs[i * 32 : i * 32 + 32], offset, length, kind)
+        for i, (offset, length, kind) in enumerate(
+            zip(rows["offset"].tolist(), rows["length"].tolist(), rows["kind"].tolist(), strict=True)
+        )
+    ]
+
+
+def walk(file: File, name: str, start: int, end: int) -> Iterator[tuple[int, layout.Record | IntegrityError]]:
+    """Every record in [start, end), each verified, with the zeros between them.
+
+    Damage is yielded, not raised. When a header can't be trusted the walk goes on at the next offset where a
+    header verifies.
+    """
+    offset = start
+    while offset < end:
+        place = f"{name} @ {offset}"
+        head = file.read_at(offset, layout.RECORD_HEADER_BYTES + META_BYTES_MAX)
+        if not layout.header_verifies(head):
+            yield offset, IntegrityError("record header does not match its digest", place=place)
+            offset = _next_header(file, offset + PACK_ALIGN_BYTES, end)
+            continue
+        size = layout.decode_header(head, place).record_size
+        try:
+            yield offset, layout.decode_record(file.read_at(offset, size), place)
+        except IntegrityError as error:
+            yield offset, error
+        after = layout.aligned(offset + size)
+        if file.read_at(offset + size, after - offset - size).count(0) != after - offset - size:
+            yield offset, IntegrityError("padding after the record is not zero", place=f"{name} @ {offset + size}")
+        offset = after
+
+
+def _next_header(file: File, offset: int, end: int) -> int:
+    """The first offset at or after `offset` whose header and meta verify; `end` if there is none."""
+    while offset < end:
+        data = file.read_at(offset, _READ_AHEAD)
+        for at in range(0, len(data), PACK_ALIGN_BYTES):
+            if data[at : at + 4] == b"HREC":
+                whole = file.read_at(offset + at, layout.RECORD_HEADER_BYTES + META_BYTES_MAX)
+                if layout.header_verifies(whole):
+                    return min(offset + at, end)
+        offset += _READ_AHEAD
+    return end

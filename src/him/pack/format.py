@@ -1,0 +1,226 @@
+"""The bytes of a pack: file header, records, index records, footer and trailer (docs/FORMAT.md).
+
+Every byte is covered: headers carry their own digest, payloads are digested in their header, padding is zero.
+"""
+
+import struct
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from him.config import FORMAT_VERSION, META_BYTES_MAX, PACK_ALIGN_BYTES, PAYLOAD_ALIGN_BYTES, PAYLOAD_ALIGN_FROM_BYTES
+from him.errors import IntegrityError, VersionError
+from him.types import BlobId
+
+FILE_HEADER_BYTES: Final = 128
+RECORD_HEADER_BYTES: Final = 256
+TRAILER_BYTES: Final = 128
+_FILE_MAGIC: Final = b"HIMPACK\x01"
+_RECORD_MAGIC: Final = b"HREC"
+_TRAILER_MAGIC: Final = b"HIMPKEND"
+_NO_ID: Final = bytes(16)
+
+# magic, version, kind, codec, header length, padding length, stored length, raw length, blob_id, stored digest,
+# delta base, delta depth, flags, reserved, key id, nonce, origin, parity group, reserved
+_RECORD: Final = struct.Struct("<4sHBBIIQQ32s32s32sBB6s16s24s16s16s16s")
+_FILE: Final = struct.Struct("<8sH6s16s16s16s16s16s")
+_TRAILER: Final = struct.Struct("<8sQQ32s8s")
+
+ROW: Final = np.dtype([("blob", "u1", 32), ("offset", "<u8"), ("length", "<u8"), ("kind", "u1"), ("zero", "u1", 7)])
+"""A row of an index record or footer: 56 bytes, sorted by blob, then offset."""
+
+
+class RecordHeader(NamedTuple):
+    """The fixed part of a record. Fields that later work fills (delta, key, parity) are zero until then."""
+
+    kind: int
+    codec: int
+    meta_size: int
+    pad_size: int
+    stored_size: int
+    raw_size: int
+    blob_id: BlobId
+    stored_digest: bytes
+    delta_base: bytes
+    delta_depth: int
+    flags: int
+    key_id: bytes
+    nonce: bytes
+    origin: bytes
+    parity_group: bytes
+    digest: bytes
+
+    @property
+    def record_size(self) -> int:
+        """Bytes from the record's first to its last, without what aligns the next one."""
+        return RECORD_HEADER_BYTES + self.meta_size + self.pad_size + self.stored_size
+
+
+class Record(NamedTuple):
+    """A verified record."""
+
+    header: RecordHeader
+    meta: bytes
+    stored: bytes
+
+
+def aligned(offset: int, to: int = PACK_ALIGN_BYTES) -> int:
+    """`offset` rounded up to a multiple of `to`."""
+    return -(-offset // to) * to
+
+
+def encode_file_header(repository_id: bytes, pack_id: bytes) -> bytes:
+    """FILE_HEADER_BYTES that open a pack; both ids are 16 bytes."""
+    head = _FILE.pack(_FILE_MAGIC, FORMAT_VERSION, bytes(6), repository_id, pack_id, _NO_ID, _NO_ID, _NO_ID)
+    return head + blake3(head).digest()[: FILE_HEADER_BYTES - len(head)]
+
+
+def check_file_header(data: bytes, place: str) -> None:
+    """Raises IntegrityError for damage and VersionError for a format of the future."""
+    head, digest = data[: _FILE.size], data[_FILE.size : FILE_HEADER_BYTES]
+    if len(data) < FILE_HEADER_BYTES or blake3(head).digest()[: len(digest)] != digest or head[:8] != _FILE_MAGIC:
+        raise IntegrityError("damaged pack header", place=f"{place} @ 0")
+    if int.from_bytes(head[8:10], "little") > FORMAT_VERSION:
+        raise VersionError("the pack was written by a newer format", place=place)
+
+
+def encode_record(
+    offset: int,
+    kind: int,
+    codec: int,
+    blob: BlobId,
+    meta: bytes,
+    stored: bytes,
+    raw_size: int,
+    origin: bytes = _NO_ID,
+) -> tuple[bytes, bytes, int]:
+    """(bytes to append at `offset`, the header's digest, the record's size).
+
+    The bytes include zeros up to the next aligned offset. Large raw payloads are aligned to pages of memory, so
+    that they can be mapped.
+    """
+    start = offset + RECORD_HEADER_BYTES + len(meta)
+    align = PAYLOAD_ALIGN_BYTES if codec == 0 and len(stored) >= PAYLOAD_ALIGN_FROM_BYTES else 1
+    pad = aligned(start, align) - start
+    fixed = _RECORD.pack(
+        _RECORD_MAGIC, FORMAT_VERSION, kind, codec, len(meta), pad, len(stored), raw_size, blob,
+        blake3(stored).digest(), bytes(32), 0, 0, bytes(6), _NO_ID, bytes(24), origin, _NO_ID, bytes(16),
+    )  # fmt: skip
+    digest = blake3(fixed + meta).digest()
+    size = RECORD_HEADER_BYTES + len(meta) + pad + len(stored)
+    tail = bytes(aligned(offset + size) - offset - size)
+    return b"".join((fixed, digest, meta, bytes(pad), stored, tail)), digest, size
+
+
+def decode_header(data: bytes, place: str) -> RecordHeader:
+    """The fixed header at the start of `data` (its digest is checked in `decode_record`, with the meta).
+
+    Raises:
+        IntegrityError: too short, no magic, or sizes beyond all limits.
+        VersionError: a record of a newer format.
+    """
+    if len(data) < RECORD_HEADER_BYTES or data[:4] != _RECORD_MAGIC:
+        raise IntegrityError("no record header here", place=place)
+    fields = _RECORD.unpack(data[: _RECORD.size])
+    (
+        _,
+        version,
+        kind,
+        codec,
+        meta,
+        pad,
+        stored,
+        raw,
+        blob,
+        digest,
+        base,
+        depth,
+        flags,
+        _,
+        key,
+        nonce,
+        origin,
+        group,
+        _,
+    ) = fields
+    if meta > META_BYTES_MAX or pad > PAYLOAD_ALIGN_BYTES or stored > 2**32:
+        raise IntegrityError("record header names impossible sizes", place=place)
+    if version > FORMAT_VERSION:
+        raise VersionError("the record was written by a newer format", place=place)
+    own = data[_RECORD.size : RECORD_HEADER_BYTES]
+    return RecordHeader(
+        kind, codec, meta, pad, stored, raw, BlobId(blob), digest, base, depth, flags, key, nonce, origin, group, own
+    )
+
+
+def header_verifies(data: bytes) -> bool:
+    """Whether `data` begins with a record header whose digest, meta included, holds."""
+    try:
+        header = decode_header(data, "")
+    except (IntegrityError, VersionError):
+        return False
+    meta = data[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.meta_size]
+    return blake3(data[: _RECORD.size] + meta).digest() == header.digest
+
+
+def decode_record(data: bytes, place: str, expect: BlobId | None = None) -> Record:
+    """The verified record at the start of `data`.
+
+    Args:
+        expect: the blob_id it must bear, so that a misplaced record cannot pass.
+
+    Raises:
+        IntegrityError: any byte of header, meta, padding or payload that is not as digested.
+    """
+    header = decode_header(data, place)
+    body = RECORD_HEADER_BYTES + header.meta_size
+    meta = data[RECORD_HEADER_BYTES:body]
+    stored = data[body + header.pad_size : body + header.pad_size + header.stored_size]
+    named = header.blob_id.hex()
+    if blake3(data[: _RECORD.size] + meta).digest() != header.digest:
+        raise IntegrityError("record header does not match its digest", object=named, place=place)
+    if expect is not None and header.blob_id != expect:
+        raise IntegrityError(f"another record lies here ({named[:12]}…)", object=expect.hex(), place=place)
+    if len(stored) != header.stored_size or blake3(stored).digest() != header.stored_digest:
+        raise IntegrityError("stored bytes do not match their digest", object=named, place=place)
+    if data[body : body + header.pad_size].count(0) != header.pad_size:
+        raise IntegrityError("padding is not zero", object=named, place=place)
+    return Record(header, meta, stored)
+
+
+def encode_rows(rows: Iterable[tuple[bytes, int, int, int]]) -> bytes:
+    """Rows (blob_id, offset, length, kind) sorted by blob, as an index record's payload."""
+    ordered = sorted(rows)
+    table = np.zeros(len(ordered), dtype=ROW)
+    if ordered:
+        table["blob"] = np.frombuffer(b"".join(row[0] for row in ordered), dtype=np.uint8).reshape(-1, 32)
+        table["offset"] = [row[1] for row in ordered]
+        table["length"] = [row[2] for row in ordered]
+        table["kind"] = [row[3] for row in ordered]
+    return table.tobytes()
+
+
+def decode_rows(payload: bytes, place: str) -> NDArray[np.void]:
+    """Inverse of `encode_rows`, as a structured array of `ROW`. Raises IntegrityError for a torn table."""
+    if len(payload) % ROW.itemsize:
+        raise IntegrityError("index rows are torn", place=place)
+    return np.frombuffer(payload, dtype=ROW)
+
+
+def encode_trailer(footer_offset: int, footer_size: int, merkle_root: bytes) -> bytes:
+    """TRAILER_BYTES that end a finished pack."""
+    head = _TRAILER.pack(_TRAILER_MAGIC, footer_offset, footer_size, merkle_root, bytes(8))
+    fill = TRAILER_BYTES - len(head) - 32
+    return head + blake3(head).digest() + bytes(fill)
+
+
+def decode_trailer(data: bytes, place: str) -> tuple[int, int, bytes]:
+    """(footer offset, footer size, Merkle root). Raises IntegrityError for damage."""
+    head, digest, fill = data[: _TRAILER.size], data[_TRAILER.size : _TRAILER.size + 32], data[_TRAILER.size + 32 :]
+    if len(data) != TRAILER_BYTES or blake3(head).digest() != digest or fill.count(0) != len(fill):
+        raise IntegrityError("damaged pack trailer", place=place)
+    _, offset, size, merkle_root, _ = _TRAILER.unpack(head)
+    return offset, size, merkle_root

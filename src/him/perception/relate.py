@@ -1,0 +1,109 @@
+"""Edges of a scene: what contains, labels and stands beside what (rectangles only)."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from him.perception.parts import Part, overlap_part
+from him.types import Box, Edge
+
+_FIELDS: Final = frozenset({"textbox", "searchbox", "combobox", "spinbutton", "listbox", "slider"})
+_MARKS: Final = frozenset({"checkbox", "radio", "switch"})
+_LABELS: Final = frozenset({"text", "label", "heading", "legend"})
+_ABOVE_PX: Final = 28
+_LEFT_PX: Final = 240
+_ALIGNED_PX: Final = 24
+_MARK_PX: Final = 28
+_ROW_GAP_PX: Final = 160
+
+
+def related(parts: Sequence[Part], ids: Sequence[str]) -> tuple[Edge, ...]:
+    """All edges between parts in reading order, sorted.
+
+    Args:
+        parts: parts in reading order.
+        ids: the node id of each.
+    """
+    pairs = [(a, b, "contains") for a, b in _contains(parts)]
+    pairs += [(a, b, "labels") for a, b in _labels(parts)]
+    pairs += [(a, b, "row") for a, b in _rows(parts)]
+    return tuple(Edge(ids[a], ids[b], rel) for a, b, rel in sorted(set(pairs)))
+
+
+def _contains(parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """Tree parents, and the smallest panel around whatever has no tree parent."""
+    by_key = {part.key: index for index, part in enumerate(parts) if part.key is not None}
+    panels = sorted(
+        (index for index, part in enumerate(parts) if part.type == "panel"), key=lambda index: parts[index].box.area
+    )
+    found: list[tuple[int, int]] = []
+    for index, part in enumerate(parts):
+        if part.parent is not None and part.parent in by_key:
+            found.append((by_key[part.parent], index))
+            continue
+        for panel in panels:
+            around = parts[panel].box
+            if panel != index and around.area > part.box.area and overlap_part(part.box, around) >= 0.9:
+                found.append((panel, index))
+                break
+    return found
+
+
+def _labels(parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """The nearest aligned text of every field and mark."""
+    texts = [index for index, part in enumerate(parts) if part.type in _LABELS and part.text]
+    found: list[tuple[int, int]] = []
+    for index, part in enumerate(parts):
+        if part.type in _FIELDS:
+            costs = [(_field_cost(parts[text].box, part.box), text) for text in texts]
+        elif part.type in _MARKS:
+            costs = [(_mark_cost(parts[text].box, part.box), text) for text in texts]
+        else:
+            continue
+        near = [(cost, text) for cost, text in costs if cost is not None]
+        if near:
+            found.append((min(near)[1], index))
+    return found
+
+
+def _field_cost(label: Box, field: Box) -> int | None:
+    """How far a label above or left of a field is, or None when it is not in place."""
+    above = field.y - label.y - label.h
+    aligned = abs(label.x - field.x)
+    # A label may start further left than its field, over a sign or an icon joined to the field.
+    reach = 2 * _ALIGNED_PX if label.x < field.x else _ALIGNED_PX
+    if -label.h // 3 <= above <= _ABOVE_PX and aligned <= reach:
+        return 2 * max(0, above) + aligned
+    left = field.x - label.x - label.w
+    apart = abs(2 * label.y + label.h - 2 * field.y - field.h) // 2
+    if -4 <= left <= _LEFT_PX and apart <= max(8, field.h // 2) and apart * 2 <= field.h:
+        return max(0, left) + apart + 4
+    return None
+
+
+def _mark_cost(label: Box, mark: Box) -> int | None:
+    """How far a text right of a checkbox or radio is, or None when it is not in place."""
+    right = label.x - mark.x - mark.w
+    apart = abs(2 * label.y + label.h - 2 * mark.y - mark.h) // 2
+    if -6 <= right <= _MARK_PX and apart <= max(label.h, mark.h) // 2:
+        return max(0, right) + apart
+    return None
+
+
+def _rows(parts: Sequence[Part]) -> list[tuple[int, int]]:
+    """Each part and its nearest right neighbour on the same line."""
+    flat = [index for index, part in enumerate(parts) if part.type != "panel" and part.box.h <= 80]
+    found: list[tuple[int, int]] = []
+    for index in flat:
+        box = parts[index].box
+        best: tuple[int, int] | None = None
+        for other in flat:
+            beside = parts[other].box
+            gap = beside.x - box.x - box.w
+            shared = min(box.y + box.h, beside.y + beside.h) - max(box.y, beside.y)
+            if other == index or not 0 <= gap <= _ROW_GAP_PX or 2 * shared < min(box.h, beside.h):
+                continue
+            if best is None or (gap, other) < best:
+                best = (gap, other)
+        if best is not None:
+            found.append((index, best[1]))
+    return found

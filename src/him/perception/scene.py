@@ -1,0 +1,299 @@
+"""Builds the scene graph of a screen (spec §4.1) from lines of text, widget boxes and, if given, a tree.
+
+Pure rules over rectangles: which text belongs to which control, what labels what, what stands in a row.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+from him.perception.fuse import fused
+from him.perception.parts import Part, median_height, overlap_part, reading_order
+from him.perception.relate import related
+from him.types import Box, Node, Scene, TextLine, TreeNode, WidgetBox
+
+RULES: Final = "scene/1"
+"""Named in a scene's pins; raise it when a rule of this room changes."""
+SCENE_VERSION: Final = 1
+
+_PREFIXES: Final = {
+    "button": "btn",
+    "checkbox": "chk",
+    "combobox": "cmb",
+    "dialog": "dlg",
+    "heading": "hdg",
+    "icon": "icn",
+    "image": "img",
+    "link": "lnk",
+    "menuitem": "mnu",
+    "panel": "pnl",
+    "radio": "rad",
+    "tab": "tab",
+    "text": "txt",
+    "textbox": "fld",
+}
+_HEADING_RATIO: Final = 1.35
+_SNUG_HEIGHT: Final = 3.4
+"""A control is at most this many times as high as the text it is the button of."""
+_SNUG_SIDES: Final = 9
+"""…and leaves at most this many line heights free beside it."""
+_INSIDE: Final = 0.7
+_CENTRED: Final = 0.06
+_ICON_COVERED: Final = 0.3
+_EMPTY_FIELD_PX: Final = (20, 60)
+_ICON_LEAST_PX: Final = 8
+_ICON_SIDE_LEAST_PX: Final = 6
+_STACK_PX: Final = 4
+_WIDE_FROM: Final = 0x2E80
+"""The first code point of the East Asian scripts."""
+_PLAIN_SIGNS: Final = frozenset("?!+#%&@$€£-–—/|*=<>:")
+_ROUND: Final = frozenset(("0", "O", "o", "○", "C", "Q", "V", "v", "口"))
+"""What a tick, a ring or a box is read as."""
+_CARETS: Final = frozenset("Vv∨⌄▾▼˅~﹀Y一>›")
+
+
+def build(
+    picture_size: tuple[int, int],
+    lines: Sequence[TextLine],
+    widgets: Sequence[WidgetBox],
+    tree: Sequence[TreeNode] | None,
+    pins: Mapping[str, str],
+) -> Scene:
+    """The scene of one picture, without its tiles; the same inputs in any order give the same scene.
+
+    Args:
+        picture_size: (height, width) in pixels.
+        lines: text read from the picture.
+        widgets: widget boxes found in it.
+        tree: its accessibility tree, or None.
+        pins: digests of what read it, copied into the scene.
+    """
+    height, width = picture_size
+    parts = _from_pixels(lines, widgets)
+    if tree is not None:
+        parts = fused(parts, tree, picture_size)
+    whole = Box(0, 0, width, height)
+    seen = [part._replace(box=part.box.intersection(whole)) for part in parts]
+    ordered = reading_order(part for part in seen if part.box.area)
+    ids = [f"{_PREFIXES.get(part.type, 'nod')}_{number}" for number, part in enumerate(ordered, 1)]
+    nodes = tuple(
+        Node(name, part.type, part.text, part.box, dict(part.state), round(part.confidence, 4), part.source)
+        for name, part in zip(ids, ordered, strict=True)
+    )
+    confidence = sum(round(node.confidence * 10_000) for node in nodes) / (10_000 * len(nodes)) if nodes else 0.0
+    edges = related(ordered, ids)
+    return Scene(SCENE_VERSION, width, height, nodes, edges, round(confidence, 4), (), dict(sorted(pins.items())))
+
+
+def _from_pixels(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> list[Part]:
+    """What pixels alone show."""
+    marks = [one for one in widgets if one.kind in ("check", "radio") and not _is_letter(one.box, lines)]
+    marks = [one for one in marks if not any(_is_badge(one.box, line) for line in lines)]
+    marks = [one for one in marks if not any(other.box != one.box and _in_mark(one, other) for other in marks)]
+    glyphs = _glyphs(lines)
+    strokes = [one for one in widgets if one.kind == "icon"]
+    lines = [_clear_of_icons(_clear_of_marks(line, marks), strokes) for line in lines if line not in glyphs]
+    icons = [one for one in strokes if _is_icon(one.box, lines, marks)]
+    icons += [WidgetBox(line.box, "icon", 0.5) for line in glyphs if not _has_stroke(line.box, icons, marks)]
+    controls = _controls(widgets)
+    homes: dict[Box, list[TextLine]] = {}
+    loose: list[TextLine] = []
+    by_size = sorted(controls, key=lambda one: (one.box.area, one.box))
+    for line in lines:
+        home = next((one for one in by_size if overlap_part(line.box, one.box) >= _INSIDE), None)
+        if home is None:
+            loose.append(line)
+        else:
+            homes.setdefault(home.box, []).append(line)
+    parts: list[Part] = []
+    used: list[Box] = []
+    for control in sorted(controls, key=lambda one: (one.box, one.kind)):
+        inside = [one.box for one in icons if overlap_part(one.box, control.box) >= _INSIDE]
+        nested = any(other.box != control.box and overlap_part(other.box, control.box) >= 0.9 for other in controls)
+        part = _control(control, homes.get(control.box, []), inside, nested)
+        if part is None:
+            loose += homes.get(control.box, [])
+        else:
+            parts.append(part)
+            used += inside
+    least = _HEADING_RATIO * median_height(lines)
+    parts += [_text(line, least) for line in loose]
+    names = {"check": "checkbox", "radio": "radio"}
+    parts += [Part(names[one.kind], "", one.box, one.confidence, "widget") for one in marks]
+    free = [one for one in icons if one.box not in used and min(one.box.w, one.box.h) >= _ICON_SIDE_LEAST_PX]
+    parts += [Part("icon", "", one.box, one.confidence, "widget") for one in free]
+    parts += [Part("panel", "", one.box, one.confidence, "widget") for one in widgets if one.kind == "panel"]
+    return parts
+
+
+def _glyphs(lines: Sequence[TextLine]) -> list[TextLine]:
+    """Lines that are an icon read as a letter: a lone Chinese or odd sign on a screen that is not Chinese."""
+    letters = sum(1 for line in lines for c in line.text if c.isalpha())
+    wide = sum(1 for line in lines if len(line.text) > 2 for c in line.text if ord(c) >= _WIDE_FROM)
+    foreign = wide * 5 < letters
+    return [
+        line
+        for line in lines
+        if (len(line.text) <= 2 and foreign and any(ord(c) >= _WIDE_FROM for c in line.text))
+        or (len(line.text) <= 2 and not any(c.isalnum() or c in "?!+#%&@$€£" for c in line.text))
+    ]
+
+
+def _controls(widgets: Sequence[WidgetBox]) -> list[WidgetBox]:
+    """Rectangles that may be controls: not those stacked edge to edge as table rows and parts of cards are."""
+    frames = [one for one in widgets if one.kind in ("button", "field", "panel")]
+    ends: dict[tuple[int, int], list[Box]] = {}
+    for one in frames:
+        ends.setdefault((one.box.x // 8, one.box.w // 8), []).append(one.box)
+    found: list[WidgetBox] = []
+    for one in frames:
+        box = one.box
+        near = [
+            other
+            for x in (-1, 0, 1)
+            for w in (-1, 0, 1)
+            for other in ends.get((box.x // 8 + x, box.w // 8 + w), ())
+            if other != box and abs(other.x - box.x) <= 3 and abs(other.w - box.w) <= 4
+        ]
+        stacked = any(
+            abs(other.y - box.y - box.h) <= _STACK_PX or abs(box.y - other.y - other.h) <= _STACK_PX for other in near
+        )
+        if one.kind != "panel" and not stacked:
+            found.append(one)
+    return found
+
+
+def _text(line: TextLine, heading_least: float) -> Part:
+    """A line that belongs to no control."""
+    kind = "heading" if line.box.h >= heading_least and len(line.text) >= 2 else "text"
+    return Part(kind, line.text, line.box, line.confidence, "ocr")
+
+
+def _control(widget: WidgetBox, lines: list[TextLine], icons: list[Box], nested: bool) -> Part | None:
+    """The control a rectangle and its content make, or None when it is only a frame around texts."""
+    box = widget.box
+    if not lines:
+        return None if nested else _empty_control(widget, icons)
+    ordered = sorted(lines, key=lambda line: (line.box.y, line.box.x))
+    end = box.x + box.w
+    if len(ordered) == 2 and len(ordered[1].text) == 1 and ordered[1].text in _CARETS:
+        caret = ordered.pop()
+        icons = [*icons, caret.box]
+    content = ordered[0].box
+    for line in ordered[1:]:
+        content = content.union(line.box)
+    line_height = max(line.box.h for line in ordered)
+    side_by_side = len(ordered) > 1 and content.h < 1.6 * line_height
+    if box.h > _SNUG_HEIGHT * line_height or side_by_side or len(ordered) > 2:
+        return None
+    text = " ".join(line.text for line in ordered)
+    confidence = min(line.confidence for line in ordered)
+    caret_left = min(
+        (icon.x for icon in icons if end - icon.x <= 2 * box.h and icon.x >= content.x + content.w), default=0
+    )
+    if (
+        widget.kind == "field"
+        and caret_left
+        and end - box.x >= 2 * box.h
+        and caret_left - content.x - content.w > line_height
+    ):
+        return Part("combobox", text, box, confidence, "ocr")
+    for icon in icons:
+        content = content.union(icon)
+    left, right = content.x - box.x, end - content.x - content.w
+    centred = abs(left - right) <= max(5, _CENTRED * box.w)
+    if widget.kind == "field" and left <= box.h and not centred:
+        return Part("textbox", text, box, confidence, "ocr")
+    if centred and box.w - content.w <= 2 * _SNUG_SIDES * line_height:
+        return Part("button", text, box, confidence, "ocr")
+    if box.w - content.w <= _SNUG_SIDES * line_height:
+        return Part("button", text, box, confidence, "ocr")
+    return None
+
+
+def _empty_control(widget: WidgetBox, icons: list[Box]) -> Part | None:
+    """A control without text: a button with one icon, or an empty field."""
+    box = widget.box
+    if len(icons) == 1 and box.w <= 3 * box.h:
+        return Part("button", "", box, round(widget.confidence * 0.8, 4), "widget")
+    low, high = _EMPTY_FIELD_PX
+    if widget.kind != "field" or not low <= box.h <= high:
+        return None
+    if icons and min(icon.x for icon in icons) > box.x + box.w - 2 * box.h:
+        return Part("combobox", "", box, round(widget.confidence * 0.6, 4), "widget")
+    low_part = all(icon.x + icon.w <= box.x + box.w // 2 and 3 * icon.h <= 2 * box.h for icon in icons)
+    # Strokes at the left alone are the dots of a password.
+    return None if not low_part else Part("textbox", "", box, round(widget.confidence * 0.6, 4), "widget")
+
+
+def _is_letter(box: Box, lines: Iterable[TextLine]) -> bool:
+    """Whether a mark lies within a text, where it is the inside of a letter, rather than at its start."""
+    return any(
+        overlap_part(box, line.box) >= 0.5 and (box.x - line.box.x > line.box.h or box.h * 2 < line.box.h)
+        for line in lines
+    )
+
+
+def _clear_of_marks(line: TextLine, marks: Iterable[WidgetBox]) -> TextLine:
+    """A line without the checkbox or radio it was read together with."""
+    for mark in marks:
+        end = mark.box.x + mark.box.w
+        if overlap_part(mark.box, line.box) >= 0.5 and end < line.box.x + line.box.w:
+            text = line.text
+            if len(text) > 2 and (not text[0].isalnum() or text[1] == " " or ord(text[0]) > 0x2E80 or text[0] in "O0"):
+                text = text[1:].strip()
+            return TextLine(Box(end, line.box.y, line.box.x + line.box.w - end, line.box.h), text, line.confidence)
+    return line
+
+
+def _clear_of_icons(line: TextLine, strokes: Iterable[WidgetBox]) -> TextLine:
+    """A line without the icon at its start or end that was read as a lone sign."""
+    text, box = line.text, line.box
+    words = text.split()
+    if len(words) < 2:
+        return line
+    first, last = words[0], words[-1]
+    for stroke in (one.box for one in strokes):
+        if overlap_part(stroke, line.box) < 0.7 or stroke.w > 2 * stroke.h:
+            continue
+        if _is_sign(first) and stroke.x - line.box.x < line.box.h // 2 and box.x == line.box.x:
+            end = stroke.x + stroke.w + 1
+            text, box = text[len(first) :].strip(), Box(end, box.y, box.x + box.w - end, box.h)
+        elif _is_sign(last) and line.box.x + line.box.w - stroke.x - stroke.w < line.box.h // 2 and box.w == line.box.w:
+            text, box = text[: -len(last)].strip(), Box(box.x, box.y, stroke.x - 1 - box.x, box.h)
+    return TextLine(box, text, line.confidence) if text and box.w > 0 else line
+
+
+def _is_sign(word: str) -> bool:
+    """Whether a word is one sign that no Latin text has alone."""
+    return len(word) == 1 and (ord(word) >= _WIDE_FROM or not (word.isalnum() or word in _PLAIN_SIGNS))
+
+
+def _is_badge(mark: Box, line: TextLine) -> bool:
+    """Whether a text fills a disc or square: a counter, a letter in a circle, no mark to tick."""
+    return (
+        any(c.isalnum() for c in line.text)
+        and line.text not in _ROUND
+        and overlap_part(line.box, mark) >= 0.5
+        and line.box.area * 4 >= mark.area
+    )
+
+
+def _in_mark(inner: WidgetBox, outer: WidgetBox) -> bool:
+    """Whether a mark is the inside of another, or the same one found again."""
+    if overlap_part(inner.box, outer.box) < 0.8:
+        return False
+    return (outer.confidence, outer.box.area, outer.box) > (inner.confidence, inner.box.area, inner.box)
+
+
+def _is_icon(box: Box, lines: Iterable[TextLine], marks: Iterable[WidgetBox]) -> bool:
+    """Whether strokes are large enough for an icon, are no letters of a text and belong to no mark."""
+    return (
+        max(box.w, box.h) >= _ICON_LEAST_PX
+        and not any(overlap_part(box, line.box) >= _ICON_COVERED for line in lines)
+        and not any(overlap_part(mark.box, box) >= 0.5 for mark in marks)
+    )
+
+
+def _has_stroke(box: Box, icons: Iterable[WidgetBox], marks: Iterable[WidgetBox]) -> bool:
+    """Whether an icon or a mark lies where a lone sign was read."""
+    return any(overlap_part(one.box, box) >= 0.5 for one in (*icons, *marks))

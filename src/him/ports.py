@@ -1,0 +1,237 @@
+"""Protocols between the core and the outside: each one to five methods, each with one embedded default."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from him.types import CommitRecord, PackFinished, PackRange, Snapshot, StreamSpec, TextLine
+
+
+class Clock(Protocol):
+    """Time, handed in so that replay and simulation can decide it."""
+
+    def now_ns(self) -> int:
+        """Nanoseconds since 1970-01-01 UTC."""
+        ...
+
+    def monotonic_ns(self) -> int:
+        """Nanoseconds that never run backwards, for durations."""
+        ...
+
+
+class Rng(Protocol):
+    """Randomness, handed in so that replay and simulation can decide it."""
+
+    def token(self, size: int) -> bytes:
+        """`size` random bytes."""
+        ...
+
+
+class File(Protocol):
+    """An open file of a Disk."""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes from `offset`; shorter only at the end of the file."""
+        ...
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        """Write all of `data` at `offset`. Raises StorageError (full disk, read-only)."""
+        ...
+
+    def size(self) -> int:
+        """Length in bytes."""
+        ...
+
+    def truncate(self, size: int) -> None:
+        """Cut the file to `size` bytes."""
+        ...
+
+    def sync(self) -> None:
+        """Return once everything written is durable. Raises StorageError; the file must not be trusted after."""
+        ...
+
+    def lock(self, *, wait: bool) -> bool:
+        """Take the file's exclusive lock (dies with the process); False if it is held and `wait` is False."""
+        ...
+
+    def unlock(self) -> None:
+        """Give the lock back."""
+        ...
+
+    def close(self) -> None:
+        """Release the descriptor and the lock."""
+        ...
+
+
+class Disk(Protocol):
+    """A folder of files; paths are relative with `/`. The only way the core touches a file system."""
+
+    def open(self, path: str, *, create: bool = False) -> File:
+        """Open for reading and writing (for reading alone where the disk is read-only).
+
+        Raises:
+            NotFoundError: it does not exist and `create` is False.
+        """
+        ...
+
+    def list(self, folder: str) -> list[str]:
+        """Names in a folder, sorted; empty when it does not exist."""
+        ...
+
+    def write_whole(self, path: str, data: bytes) -> None:
+        """Replace a small file atomically and durably."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Remove a file if it is there."""
+        ...
+
+    def sync_folder(self, folder: str) -> None:
+        """Make created and removed names durable."""
+        ...
+
+
+class CommitLog(Protocol):
+    """The one ordered log that is the authority of a repository (design §6)."""
+
+    def head(self) -> tuple[int, bytes]:
+        """Sequence number and hash of the last published record; (0, 32 zero bytes) when empty."""
+        ...
+
+    def read(self, since: int) -> Iterator[tuple[int, bytes, bytes]]:
+        """(seq, hash, body) of every published record after `since`, in order. Raises IntegrityError."""
+        ...
+
+    def commit(self, build: Callable[[], bytes | None]) -> int:
+        """Append the record `build` returns, and return its seq (the head's when `build` returns None).
+
+        `build` runs when no other record can slip in between (under the lock) and may be called again by logs
+        that retry. On return the record is durable and visible.
+        """
+        ...
+
+
+class Projection(Protocol):
+    """A queryable copy of the log's meaning; can be deleted and rebuilt at any time."""
+
+    def position(self) -> tuple[int, bytes]:
+        """Sequence number and hash of the last record applied."""
+        ...
+
+    def apply(self, records: Iterable[tuple[int, bytes, CommitRecord]]) -> None:
+        """Apply records in order, each once, in one transaction."""
+        ...
+
+    def clear(self) -> None:
+        """Forget everything, to be rebuilt from the log."""
+        ...
+
+    def snapshot(self, snapshot_id: str) -> Snapshot | None:
+        """The snapshot with its tags, or None."""
+        ...
+
+    def snapshots(self) -> Iterator[Snapshot]:
+        """All snapshots, oldest first."""
+        ...
+
+    def refs(self) -> dict[str, tuple[str, str]]:
+        """Name → (kind "branch" or "tag", snapshot id)."""
+        ...
+
+    def streams(self) -> dict[str, StreamSpec]:
+        """Streams declared beside the built-in ones."""
+        ...
+
+    def ranges(self, since: int) -> list[tuple[int, PackRange]]:
+        """(seq, range) of every pack range committed after `since`, in order."""
+        ...
+
+    def finished_packs(self) -> dict[str, PackFinished]:
+        """Packs that have their footer, by name."""
+        ...
+
+    def lamport(self) -> int:
+        """The highest Lamport time seen."""
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+class Memo(Protocol):
+    """A cache of pure results by content: losing it costs time, never an answer."""
+
+    def get(self, kind: str, key: bytes) -> bytes | None:
+        """The stored result, or None."""
+        ...
+
+    def put(self, kind: str, items: Iterable[tuple[bytes, bytes]]) -> None:
+        """Remember results; may be dropped at any time."""
+        ...
+
+
+class PictureDecoder(Protocol):
+    """Turns the bytes of an image file into pixels."""
+
+    def decode(self, data: bytes, name: str) -> NDArray[np.uint8]:
+        """(h, w, 3) uint8 RGB. Raises UsageError (truncated, unknown format) and LimitError (too many pixels)."""
+        ...
+
+
+class TextReader(Protocol):
+    """Reads text from pixels in two steps, so that each can be remembered by content."""
+
+    def pin(self) -> str:
+        """Hex digest of models, configuration, code and runtime that decide the result."""
+        ...
+
+    def detect(self, picture: NDArray[np.uint8]) -> list[list[tuple[int, int]]]:
+        """Quadrilaterals (four (x, y) corners, clockwise from top left) of text in an (h, w, 3) RGB picture."""
+        ...
+
+    def recognise(self, crops: Sequence[NDArray[np.uint8]]) -> list[tuple[str, float]]:
+        """(text, confidence 0…1) of each (h, w, 3) RGB crop of one line."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """Turns texts into unit vectors of meaning."""
+
+    def pin(self) -> str:
+        """Hex digest of model, tokenizer, settings and runtime that decide the result."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.int8]:
+        """(n, EMBEDDING_DIMS) int8: each unit vector × EMBEDDING_SCALE, rounded and clipped."""
+        ...
+
+
+class Recorder(Protocol):
+    """Where a run's outside effects and step digests pass through (design §10)."""
+
+    def effect(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """The result of an outside effect: made and noted when recording, taken from the trace when replaying."""
+        ...
+
+    def step(self, name: str, inputs: bytes, output: bytes) -> None:
+        """Note (or compare) the digests of a recomputed step's canonical input and output."""
+        ...
+
+
+__all__ = [
+    "Clock",
+    "CommitLog",
+    "Disk",
+    "File",
+    "Memo",
+    "PictureDecoder",
+    "Projection",
+    "Recorder",
+    "Rng",
+    "TextEncoder",
+    "TextLine",
+    "TextReader",
+]

@@ -1,0 +1,159 @@
+"""The directory of a snapshot: (stream, frame) → Frame, as a canonical 16-way hash trie (design §2).
+
+A subtree of at most 64 frames is one leaf, a larger one an inner node; so the hash depends on the set of
+frames alone. The path of a frame is the nibbles of BLAKE3 over its length-prefixed stream and name.
+
+Bytes: leaf `HDL` version, then msgpack of the records sorted by path; inner `HDI` version, bitmap u16, two zero
+bytes, then for each present child its hash (32) and count of frames (u64).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+import msgspec
+from blake3 import blake3
+
+from him.config import DIRECTORY_FANOUT, DIRECTORY_LEAF_RECORDS
+from him.errors import IntegrityError
+from him.pyramid.page import PageStore
+from him.tile.address import KIND_DIRECTORY
+from him.types import BlobId, Frame
+
+FrameKey = tuple[str, str]
+"""(stream, frame name)."""
+EMPTY: Final = b""
+"""The directory of a snapshot without frames."""
+
+_LEAF: Final = b"HDL\x01"
+_INNER: Final = b"HDI\x01"
+_CHILD: Final = 40
+
+
+def path_of(key: FrameKey) -> bytes:
+    """64 nibbles (one per byte) that lead to a frame."""
+    stream, name = key[0].encode(), key[1].encode()
+    digest = blake3(len(stream).to_bytes(4, "little") + stream + len(name).to_bytes(4, "little") + name).digest()
+    return bytes(nibble for byte in digest for nibble in (byte >> 4, byte & 15))
+
+
+def find(store: PageStore, root: bytes, key: FrameKey) -> Frame | None:
+    """The frame's record, or None."""
+    path = path_of(key)
+    for depth in range(len(path)):
+        if not root:
+            return None
+        node = _load(store, root)
+        if isinstance(node, tuple):
+            return next((frame for frame in node if (frame.stream, frame.name) == key), None)
+        root = node.get(path[depth], (EMPTY, 0))[0]
+    raise IntegrityError("the directory is deeper than a path is long")
+
+
+def scan(store: PageStore, root: bytes) -> Iterator[Frame]:
+    """Every frame, in path order."""
+    if not root:
+        return
+    node = _load(store, root)
+    if isinstance(node, tuple):
+        yield from node
+    else:
+        for nibble in sorted(node):
+            yield from scan(store, node[nibble][0])
+
+
+def update(store: PageStore, root: bytes, changes: Mapping[FrameKey, Frame | None]) -> bytes:
+    """The directory after setting (or, with None, removing) frames; EMPTY when none is left."""
+    pathed = {path_of(key): frame for key, frame in changes.items()}
+    return _update(store, root, pathed, 0)[0]
+
+
+def diff(store: PageStore, old: bytes, new: bytes) -> Iterator[tuple[Frame | None, Frame | None]]:
+    """(old record, new record) of frames that differ, in path order."""
+    if old == new:
+        return
+    before, after = _load(store, old) if old else (), _load(store, new) if new else ()
+    if isinstance(before, dict) and isinstance(after, dict):
+        for nibble in sorted(before.keys() | after.keys()):
+            yield from diff(store, before.get(nibble, (EMPTY, 0))[0], after.get(nibble, (EMPTY, 0))[0])
+        return
+    was = {(frame.stream, frame.name): frame for frame in (scan(store, old) if old else ())}
+    now = {(frame.stream, frame.name): frame for frame in (scan(store, new) if new else ())}
+    for key in sorted(was.keys() | now.keys(), key=path_of):
+        if was.get(key) != now.get(key):
+            yield was.get(key), now.get(key)
+
+
+Node = tuple[Frame, ...] | dict[int, tuple[bytes, int]]
+"""A leaf's records, or an inner node's nibble → (hash, count)."""
+
+
+def children(store: PageStore, root: bytes) -> Node:
+    """One node parsed, for walks that memoise by node hash."""
+    return _load(store, root)
+
+
+def _update(store: PageStore, root: bytes, changes: dict[bytes, Frame | None], depth: int) -> tuple[bytes, int]:
+    """(hash, count) of a subtree after changes whose paths share their first `depth` nibbles."""
+    node: Node = _load(store, root) if root else ()
+    if isinstance(node, tuple):
+        records: dict[bytes, Frame] = {path_of((frame.stream, frame.name)): frame for frame in node}
+        for path, frame in changes.items():
+            if frame is None:
+                records.pop(path, None)
+            else:
+                records[path] = frame
+        return _build(store, records, depth)
+    below: dict[int, dict[bytes, Frame | None]] = {}
+    for path, frame in changes.items():
+        below.setdefault(path[depth], {})[path] = frame
+    for nibble, part in below.items():
+        child = _update(store, node.get(nibble, (EMPTY, 0))[0], part, depth + 1)
+        if child[1]:
+            node[nibble] = child
+        else:
+            node.pop(nibble, None)
+    total = sum(count for _, count in node.values())
+    if total <= DIRECTORY_LEAF_RECORDS:
+        left = {path_of((f.stream, f.name)): f for child, _ in node.values() for f in scan(store, child)}
+        return _build(store, left, depth)
+    return _put_inner(store, node), total
+
+
+def _build(store: PageStore, records: dict[bytes, Frame], depth: int) -> tuple[bytes, int]:
+    """(hash, count) of the subtree holding exactly these records."""
+    if not records:
+        return EMPTY, 0
+    if len(records) <= DIRECTORY_LEAF_RECORDS:
+        payload = _LEAF + msgspec.msgpack.encode([records[path] for path in sorted(records)])
+        return store.put_page(KIND_DIRECTORY, payload), len(records)
+    parts: dict[int, dict[bytes, Frame]] = {}
+    for path, frame in records.items():
+        parts.setdefault(path[depth], {})[path] = frame
+    node = {nibble: _build(store, part, depth + 1) for nibble, part in parts.items()}
+    return _put_inner(store, node), len(records)
+
+
+def _put_inner(store: PageStore, node: dict[int, tuple[bytes, int]]) -> bytes:
+    bitmap = sum(1 << nibble for nibble in node)
+    rows = b"".join(node[nibble][0] + node[nibble][1].to_bytes(8, "little") for nibble in sorted(node))
+    return store.put_page(KIND_DIRECTORY, _INNER + bitmap.to_bytes(2, "little") + bytes(2) + rows)
+
+
+def _load(store: PageStore, root: bytes) -> Node:
+    payload = store.page(KIND_DIRECTORY, BlobId(root))
+    magic, body = payload[:4], payload[4:]
+    if magic == _LEAF:
+        try:
+            return msgspec.msgpack.decode(body, type=tuple[Frame, ...])
+        except msgspec.MsgspecError as error:
+            raise IntegrityError(f"directory leaf does not parse: {error}", object=root.hex()) from error
+    bitmap = int.from_bytes(body[:2], "little")
+    if magic != _INNER or len(body) != 4 + bitmap.bit_count() * _CHILD:
+        raise IntegrityError("not a directory node", object=root.hex())
+    node: dict[int, tuple[bytes, int]] = {}
+    at = 4
+    for nibble in range(DIRECTORY_FANOUT):
+        if bitmap >> nibble & 1:
+            node[nibble] = (body[at : at + 32], int.from_bytes(body[at + 32 : at + _CHILD], "little"))
+            at += _CHILD
+    return node

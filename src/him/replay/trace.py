@@ -1,0 +1,196 @@
+"""A trace: what a run was asked, what came from outside, and the digest of every step and of the answer."""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import msgspec
+from blake3 import blake3
+
+from him.errors import IntegrityError, NotFoundError, UsageError
+from him.ports import Disk
+from him.types import TRACE_PREFIX
+
+FOLDER: Final = "spool"
+_VERSION: Final = 1
+_BYTES_MAX: Final = 64 * 1024 * 1024
+
+
+class Effect(msgspec.Struct, frozen=True, array_like=True):
+    """Something from outside that went into the run: a clock reading, a decision that hung on time."""
+
+    name: str
+    value: bytes
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    """A computed step: hex BLAKE3 of its canonical input and output."""
+
+    name: str
+    inputs: str
+    output: str
+
+
+class Trace(msgspec.Struct, frozen=True):
+    """Everything needed to recompute a run and to tell the first step that differs.
+
+    `request` is the call's parameters as strings; `pins` are digests and versions of all that decides the result
+    (code, models, calibrator, runtime); `answer` is the exact line that was returned.
+    """
+
+    version: int
+    trace_id: str
+    kind: str
+    snapshot_id: str
+    directory: str
+    request: dict[str, str | int | float | None]
+    pins: dict[str, str]
+    effects: tuple[Effect, ...]
+    steps: tuple[Step, ...]
+    answer: str
+    digest: str = ""
+
+    def with_digest(self) -> "Trace":
+        """The trace with the digest of all its other fields."""
+        return msgspec.structs.replace(self, digest=_digest(self))
+
+    @property
+    def whole(self) -> bool:
+        """Whether no byte of it was changed since it was saved."""
+        return self.digest == _digest(self)
+
+
+class Recording:
+    """`ports.Recorder` that notes what passes."""
+
+    def __init__(self) -> None:
+        self.effects: list[Effect] = []
+        self.steps: list[Step] = []
+
+    def effect(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """Make the outside effect and note its value."""
+        value = make()
+        self.effects.append(Effect(name, value))
+        return value
+
+    def step(self, name: str, inputs: bytes, output: bytes) -> None:
+        """Note the digests of a computed step."""
+        self.steps.append(Step(name, blake3(inputs).hexdigest(), blake3(output).hexdigest()))
+
+
+class Divergence(NamedTuple):
+    """Where a replay first differed from its trace."""
+
+    step: str
+    what: str
+    expected: str
+    got: str
+
+
+class Replaying:
+    """`ports.Recorder` that gives outside effects from a trace and compares every step with it."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._effects = 0
+        self.recomputed = 0
+        self.divergence: Divergence | None = None
+
+    @property
+    def from_trace(self) -> int:
+        """Effects taken from the trace so far."""
+        return self._effects
+
+    def effect(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """The recorded value of the next outside effect.
+
+        Raises:
+            DivergedError: the run asks for another effect than it did when recorded.
+        """
+        if self._effects >= len(self._trace.effects) or self._trace.effects[self._effects].name != name:
+            asked = self._trace.effects[self._effects].name if self._effects < len(self._trace.effects) else "nothing"
+            self.differ(Divergence(name, "effect", asked, name))
+            raise DivergedError
+        self._effects += 1
+        return self._trace.effects[self._effects - 1].value
+
+    def step(self, name: str, inputs: bytes, output: bytes) -> None:
+        """Compare with the recorded digests; the first difference is kept."""
+        number = self.recomputed
+        self.recomputed += 1
+        if number >= len(self._trace.steps):
+            self.differ(Divergence(name, "step", "nothing", name))
+            return
+        recorded = self._trace.steps[number]
+        if recorded.name != name:
+            self.differ(Divergence(name, "step", recorded.name, name))
+        elif recorded.inputs != (got := blake3(inputs).hexdigest()):
+            self.differ(Divergence(name, "input", recorded.inputs, got))
+        elif recorded.output != (got := blake3(output).hexdigest()):
+            self.differ(Divergence(name, "output", recorded.output, got))
+
+    def differ(self, found: Divergence) -> None:
+        """Keep the first divergence."""
+        self.divergence = self.divergence or found
+
+
+class DivergedError(Exception):
+    """The run left the recorded path, so that nothing after it can be compared; caught in `run`."""
+
+
+def save(disk: Disk, trace: Trace) -> None:
+    """Write a trace into the spool. It is evidence, not state: it is not synced on the query's path."""
+    file = disk.open(f"{FOLDER}/{trace.trace_id}.json", create=True)
+    try:
+        file.write_at(0, msgspec.json.encode(trace.with_digest(), order="sorted") + b"\n")
+    finally:
+        file.close()
+
+
+def load(disk: Disk, trace_id: str) -> Trace:
+    """Read a trace.
+
+    Raises:
+        UsageError: not a trace id.
+        NotFoundError: no such trace.
+        IntegrityError: the file is no trace at all (a trace with altered values loads; its replay tells).
+    """
+    digits = trace_id.removeprefix(TRACE_PREFIX)
+    if not trace_id.startswith(TRACE_PREFIX) or not digits.isalnum() or len(digits) > 64:
+        raise UsageError(f"not a trace id: {trace_id!r}", fix="trace ids begin with tr_ and come with every answer")
+    path = f"{FOLDER}/{trace_id}.json"
+    try:
+        file = disk.open(path)
+    except NotFoundError as error:
+        raise NotFoundError("no such trace", object=trace_id, fix="see the trace_id of an answer") from error
+    try:
+        return msgspec.json.decode(file.read_at(0, _BYTES_MAX), type=Trace)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"the trace does not parse ({error})", object=trace_id, place=path) from error
+    finally:
+        file.close()
+
+
+def names(disk: Disk) -> list[str]:
+    """Ids of the traces in the spool, oldest first (they are ULIDs)."""
+    return [name.removesuffix(".json") for name in disk.list(FOLDER) if name.endswith(".json")]
+
+
+def new_trace(
+    trace_id: str,
+    kind: str,
+    snapshot_id: str,
+    directory: str,
+    request: dict[str, str | int | float | None],
+    pins: dict[str, str],
+    recording: Recording,
+    answer: str,
+) -> Trace:
+    """The trace of a finished run."""
+    return Trace(
+        _VERSION, trace_id, kind, snapshot_id, directory, request, pins,
+        tuple(recording.effects), tuple(recording.steps), answer,
+    )  # fmt: skip
+
+
+def _digest(trace: Trace) -> str:
+    return blake3(msgspec.json.encode(msgspec.structs.replace(trace, digest=""), order="sorted")).hexdigest()

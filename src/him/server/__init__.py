@@ -1,0 +1,1 @@
+"""Faces of a repository that stay running: so far the warm daemon behind the command line."""

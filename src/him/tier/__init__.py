@@ -1,0 +1,1 @@
+"""Where bytes live: the address index and the warm tier."""

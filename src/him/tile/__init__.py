@@ -1,0 +1,1 @@
+"""One tile: its identity, its bytes, and its smaller self."""

@@ -1,0 +1,40 @@
+"""Identities: what content is called, and what content at a place in a snapshot is called (design §6)."""
+
+from typing import Final
+
+from blake3 import blake3
+
+from him.types import BlobId, TileId, TileKey, stream_frame_text
+
+KIND_TILE: Final = 1
+KIND_PAGE: Final = 2
+KIND_DIRECTORY: Final = 3
+KIND_COMPANION: Final = 4
+KIND_INDEX: Final = 5
+KIND_FOOTER: Final = 6
+
+KIND_NAMES: Final = {1: "tile", 2: "page", 3: "directory", 4: "companion", 5: "index", 6: "footer"}
+
+
+def blob_id(kind: int, header: bytes, payload: bytes | memoryview) -> BlobId:
+    """BLAKE3 over kind ‖ length of header ‖ header ‖ canonical payload: 32 bytes.
+
+    The length makes the split between header and payload unambiguous, the kind keeps a page from passing
+    for a tile.
+    """
+    hasher = blake3(bytes([kind]) + len(header).to_bytes(4, "little") + header)
+    hasher.update(payload)
+    return BlobId(hasher.digest())
+
+
+def tile_id(key: TileKey, origin: bytes, blob: BlobId) -> TileId:
+    """BLAKE3 over the length-prefixed `stream:frame`, origin, level, x, y and blob_id: 32 bytes."""
+    parts = (
+        stream_frame_text(key.stream, key.frame).encode(),
+        origin,
+        key.level.to_bytes(4, "little"),
+        key.x.to_bytes(8, "little"),
+        key.y.to_bytes(8, "little"),
+        blob,
+    )
+    return TileId(blake3(b"".join(len(part).to_bytes(4, "little") + part for part in parts)).digest())

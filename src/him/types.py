@@ -1,0 +1,484 @@
+"""The frozen values every room of the house speaks in; no behaviour beyond naming and conversion."""
+
+import unicodedata
+from typing import Final, NamedTuple, NewType
+from urllib.parse import quote, unquote
+
+import msgspec
+
+from him.errors import UsageError
+
+BlobId = NewType("BlobId", bytes)
+"""32 bytes: identity of content."""
+TileId = NewType("TileId", bytes)
+"""32 bytes: identity of content at a place in a snapshot."""
+SnapshotId = NewType("SnapshotId", str)
+"""`snp_` and 26 Crockford base-32 digits (a ULID: 48 bits of milliseconds, 80 random bits)."""
+
+SNAPSHOT_PREFIX: Final = "snp_"
+TILE_PREFIX: Final = "tl_"
+TRACE_PREFIX: Final = "tr_"
+_CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+_ULID_LENGTH: Final = 26
+_NAME_BYTES_MAX: Final = 255
+
+
+def ulid_text(value: bytes) -> str:
+    """26 Crockford digits of a 16-byte ULID."""
+    number = int.from_bytes(value, "big")
+    return "".join(_CROCKFORD[(number >> (5 * i)) & 31] for i in reversed(range(_ULID_LENGTH)))
+
+
+def snapshot_id(value: bytes) -> SnapshotId:
+    """Text form of a 16-byte snapshot id."""
+    return SnapshotId(SNAPSHOT_PREFIX + ulid_text(value))
+
+
+def snapshot_bytes(text: str) -> bytes:
+    """The 16 bytes behind a snapshot id.
+
+    Raises:
+        UsageError: `text` is no snapshot id.
+    """
+    digits = text.removeprefix(SNAPSHOT_PREFIX)
+    if not text.startswith(SNAPSHOT_PREFIX) or len(digits) != _ULID_LENGTH:
+        raise UsageError(f"not a snapshot id: {text!r}")
+    number = 0
+    for digit in digits:
+        value = _CROCKFORD.find(digit)
+        if value < 0:
+            raise UsageError(f"not a snapshot id: {text!r}")
+        number = number * 32 + value
+    if number >> 128:
+        raise UsageError(f"not a snapshot id: {text!r}")
+    return number.to_bytes(16, "big")
+
+
+def tile_id_text(value: bytes) -> str:
+    """`tl_` and 64 hex digits."""
+    return TILE_PREFIX + value.hex()
+
+
+def checked_name(name: str, *, what: str) -> str:
+    """`name` in NFC if it may name a stream or a frame (design §2).
+
+    Raises:
+        UsageError: longer than 255 bytes, control characters, or (for a stream) empty or with a `:`.
+    """
+    name = unicodedata.normalize("NFC", name)
+    if len(name.encode()) > _NAME_BYTES_MAX:
+        raise UsageError(f"{what} name is longer than {_NAME_BYTES_MAX} bytes: {name[:40]!r}…")
+    if any(unicodedata.category(c) == "Cc" for c in name):
+        raise UsageError(f"{what} name has control characters: {name!r}")
+    if what == "stream" and (not name or ":" in name):
+        raise UsageError(f"a stream's name is not empty and has no ':': {name!r}")
+    return name
+
+
+def stream_frame_text(stream: str, frame: str) -> str:
+    """The wire form `stream:frame`, percent-encoded; the plain stream name for the frame ""."""
+    head = quote(stream, safe="")
+    return f"{head}:{quote(frame, safe='')}" if frame else head
+
+
+def parse_stream_frame(text: str) -> tuple[str, str]:
+    """Inverse of `stream_frame_text`.
+
+    Raises:
+        UsageError: a name that may not be.
+    """
+    stream, _, frame = text.partition(":")
+    return checked_name(unquote(stream), what="stream"), checked_name(unquote(frame), what="frame")
+
+
+class Box(NamedTuple):
+    """A rectangle in pixels of level 0 of its frame; `x`, `y` are its left upper corner."""
+
+    x: int
+    y: int
+    w: int
+    h: int
+
+    @property
+    def centre(self) -> tuple[int, int]:
+        """(x, y) of the middle, rounded down."""
+        return self.x + self.w // 2, self.y + self.h // 2
+
+    @property
+    def area(self) -> int:
+        """Pixels covered."""
+        return self.w * self.h
+
+    def intersection(self, other: "Box") -> "Box":
+        """The common part; zero width or height when there is none."""
+        x, y = max(self.x, other.x), max(self.y, other.y)
+        right, low = min(self.x + self.w, other.x + other.w), min(self.y + self.h, other.y + other.h)
+        return Box(x, y, max(0, right - x), max(0, low - y))
+
+    def union(self, other: "Box") -> "Box":
+        """The smallest box around both."""
+        x, y = min(self.x, other.x), min(self.y, other.y)
+        right, low = max(self.x + self.w, other.x + other.w), max(self.y + self.h, other.y + other.h)
+        return Box(x, y, right - x, low - y)
+
+    def contains_point(self, x: int, y: int) -> bool:
+        """Whether the pixel (x, y) lies inside."""
+        return self.x <= x < self.x + self.w and self.y <= y < self.y + self.h
+
+    def grown(self, margin: int) -> "Box":
+        """The box with `margin` pixels added on each side, cut at zero."""
+        x, y = max(0, self.x - margin), max(0, self.y - margin)
+        return Box(x, y, self.x + self.w + margin - x, self.y + self.h + margin - y)
+
+
+class TileKey(NamedTuple):
+    """A place in a snapshot: stream, frame, level (0 = full resolution), row y and column x in tiles."""
+
+    stream: str
+    frame: str
+    level: int
+    y: int
+    x: int
+
+    def __str__(self) -> str:
+        return f"{stream_frame_text(self.stream, self.frame)} L{self.level} ({self.x},{self.y})"
+
+
+class Entry(NamedTuple):
+    """What a level-0 cell holds: which content, and which snapshot wrote it (16 bytes)."""
+
+    blob_id: BlobId
+    origin: bytes
+
+
+class StreamSpec(msgspec.Struct, frozen=True):
+    """A declared stream (design §6): how its new frames are cut, typed, compressed and merged.
+
+    `tile_height` × `tile_width` pixels a tile; `dtype` "" takes the array's own; `quantise` is one of
+    "", "int8", "fp8", "fp16"; `level_rule` one of "none", "mean", "max", "min", "first";
+    `content` "array" or "bytes"; `retention_days` 0 keeps for ever.
+    """
+
+    name: str
+    content: str = "array"
+    tile_height: int = 512
+    tile_width: int = 512
+    dtype: str = ""
+    quantise: str = ""
+    halo: int = 0
+    level_rule: str = "none"
+    merge_policy: str = "lww"
+    merge_unit: str = "cell"
+    retention_days: int = 0
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """A frame's record in a snapshot's directory.
+
+    `height` × `width` is the extent in level-0 pixels (cells for `content` "bytes"); `root` is the hash of
+    the root page (empty when no tile is present), `root_height` how many pages stand below it. `attributes` are sorted
+    pairs that bind the frame to what made it (a KV cache's tensor shape; model digests later).
+    """
+
+    stream: str
+    name: str
+    content: str
+    height: int
+    width: int
+    channels: int
+    dtype: str
+    tile_height: int
+    tile_width: int
+    halo: int
+    level_rule: str
+    root: bytes
+    root_height: int
+    attributes: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """Tile rows at level 0."""
+        return -(-self.height // self.tile_height)
+
+    @property
+    def columns(self) -> int:
+        """Tile columns at level 0."""
+        return -(-self.width // self.tile_width)
+
+    def __str__(self) -> str:
+        return stream_frame_text(self.stream, self.name)
+
+
+class Parent(msgspec.Struct, frozen=True, array_like=True):
+    """An edge of the snapshot DAG; `directory` is the parent's at branching, the later merge base."""
+
+    snapshot_id: SnapshotId
+    directory: bytes
+    merge_policy: str = "lww"
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """A node of the history DAG (spec §2.1). `created_at` is nanoseconds since 1970 from the Clock port."""
+
+    snapshot_id: SnapshotId
+    parents: tuple[Parent, ...]
+    created_at: int
+    writer: str
+    directory: bytes
+    sealed: bool = False
+    lamport: int = 0
+    levels_root: bytes = b""
+    signature: bytes = b""
+    tags: dict[str, str] = {}
+    provenance: dict[str, str] = {}
+    merge_policy: str = "lww"
+
+
+class SnapshotOpened(msgspec.Struct, frozen=True, array_like=True, tag="snapshot"):
+    """A new open snapshot; `directory` is the first parent's at branching (or the empty one)."""
+
+    snapshot_id: SnapshotId
+    parents: tuple[Parent, ...]
+    created_at: int
+    writer: str
+    directory: bytes
+    merge_policy: str
+    provenance: dict[str, str]
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
+    """A durable batch: `directory` replaces `before` as the open snapshot's directory."""
+
+    snapshot_id: SnapshotId
+    before: bytes
+    directory: bytes
+
+
+class PackRange(msgspec.Struct, frozen=True, array_like=True, tag="range"):
+    """Bytes of a pack that became part of the repository; `index_offset` is its range's index record."""
+
+    pack: str
+    start: int
+    index_offset: int
+    end: int
+    merkle_root: bytes
+
+
+class PackFinished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
+    """A pack got its footer and will not grow; parity groups are made of such packs."""
+
+    pack: str
+    size: int
+    merkle_root: bytes
+
+
+class Sealed(msgspec.Struct, frozen=True, array_like=True, tag="seal"):
+    """The end of writing to a snapshot. `signature` and `key_id` are empty while sealing is unsigned."""
+
+    snapshot_id: SnapshotId
+    directory: bytes
+    levels_root: bytes
+    lamport: int
+    key_id: bytes = b""
+    signature: bytes = b""
+
+
+class RefSet(msgspec.Struct, frozen=True, array_like=True, tag="ref"):
+    """A branch or tag now names a snapshot; an empty `snapshot_id` removes the name."""
+
+    name: str
+    kind: str
+    snapshot_id: str
+
+
+class AttributeSet(msgspec.Struct, frozen=True, array_like=True, tag="attribute"):
+    """A key-value pair on a snapshot; None removes it."""
+
+    snapshot_id: SnapshotId
+    key: str
+    value: str | None
+    signature: bytes = b""
+
+
+class SnapshotDropped(msgspec.Struct, frozen=True, array_like=True, tag="drop"):
+    """A snapshot is no longer listed or kept; what only it reached becomes garbage."""
+
+    snapshot_id: SnapshotId
+
+
+class StreamDeclared(msgspec.Struct, frozen=True, array_like=True, tag="stream"):
+    """A stream beside the built-in ones."""
+
+    spec: StreamSpec
+
+
+Operation = (
+    SnapshotOpened
+    | Batch
+    | PackRange
+    | PackFinished
+    | Sealed
+    | RefSet
+    | AttributeSet
+    | SnapshotDropped
+    | StreamDeclared
+)
+
+
+class CommitRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One record of the commit log: operations that become true together."""
+
+    time_ns: int
+    writer: str
+    operations: tuple[Operation, ...]
+
+
+class TileMeta(msgspec.Struct, frozen=True):
+    """What is known of a tile without its values (spec §2.1)."""
+
+    tile_id: str
+    stream: str
+    frame: str
+    snapshot_id: str
+    level: int
+    x: int
+    y: int
+    shape: tuple[int, ...]
+    dtype: str
+    parent_tile_id: str | None
+    halo: int
+    checksum: str
+    size_bytes: int
+
+
+class TextLine(msgspec.Struct, frozen=True, array_like=True):
+    """A line of text read from pixels; `confidence` in 0…1."""
+
+    box: Box
+    text: str
+    confidence: float
+
+
+class WidgetBox(msgspec.Struct, frozen=True, array_like=True):
+    """A rectangle that looks like a control; `kind` one of "button", "field", "check", "radio", "icon", "panel"."""
+
+    box: Box
+    kind: str
+    confidence: float
+
+
+class Node(msgspec.Struct, frozen=True):
+    """An element of a screen (spec §4.1). `source` is "tree", "ocr", "widget" or "fused"."""
+
+    id: str
+    type: str
+    text: str
+    bbox: Box
+    state: dict[str, str | bool | int | float | None] = {}
+    confidence: float = 1.0
+    source: str = "ocr"
+
+
+class Edge(msgspec.Struct, frozen=True, rename={"source": "from", "target": "to"}):
+    """A relation between two nodes: `rel` is "contains", "labels" or "row"."""
+
+    source: str
+    target: str
+    rel: str
+
+
+class Scene(msgspec.Struct, frozen=True):
+    """What was seen on one frame: the payload of the `scene` stream, one canonical JSON document.
+
+    `tiles` are [row, column, blob_id hex] of every tile it was read from, in row-major order; `pins` name the
+    digests of the models and rules that read it (`reader`, `widgets`, `tree`, `rules`).
+    """
+
+    version: int
+    width: int
+    height: int
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+    confidence: float
+    tiles: tuple[tuple[int, int, str], ...] = ()
+    pins: dict[str, str] = {}
+
+
+class TreeNode(msgspec.Struct, frozen=True):
+    """A node of an accessibility tree handed in beside a picture; `bbox` in picture pixels."""
+
+    id: str
+    role: str
+    bbox: Box
+    name: str = ""
+    parent: str | None = None
+    state: dict[str, str | bool | int | float | None] = {}
+
+
+class PlannedTile(msgspec.Struct, frozen=True):
+    """A tile a plan wants read: its id and its key (an id cannot be inverted)."""
+
+    tile_id: str
+    stream: str
+    frame: str
+    level: int
+    x: int
+    y: int
+
+    @property
+    def key(self) -> TileKey:
+        """The place to read."""
+        return TileKey(self.stream, self.frame, self.level, self.y, self.x)
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """An element that may be the answer; `confidence` is the calibrated probability that its box is right."""
+
+    bbox: Box
+    frame: str
+    text: str
+    type: str
+    confidence: float
+
+
+class QueryPlan(msgspec.Struct, frozen=True):
+    """What a query will read and why it may stop (spec §2.2).
+
+    `directory` is the hex hash the ids were resolved on; `coarse` the ≤ 3 cells [frame, level, y, x, score] the
+    scan chose; `rois` the regions of interest [frame, box] best first; `acceptance` the probability to reach.
+    """
+
+    goal: str
+    snapshot_id: str
+    directory: str
+    frame: str | None
+    tiles: tuple[PlannedTile, ...]
+    coarse: tuple[tuple[str, int, int, int, int], ...]
+    rois: tuple[tuple[str, Box], ...]
+    acceptance: float
+    budget_ms: int
+
+    @property
+    def tile_ids(self) -> list[str]:
+        """The planned ids in reading order."""
+        return [tile.tile_id for tile in self.tiles]
+
+
+class Hint(msgspec.Struct, frozen=True):
+    """A wish that tiles be warm soon (spec §1.4)."""
+
+    query_id: str
+    snapshot_id: str
+    stream: str
+    level_range: tuple[int, int]
+    bboxes: tuple[Box, ...]
+    confidence: float
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """One finding of fsck: which object, where, what is wrong, what to do."""
+
+    object: str
+    place: str
+    fault: str
+    fix: str
