@@ -85,6 +85,14 @@ function measure() {
       const r = (clean(next.innerText) ? next : icon).getBoundingClientRect();
       if (r.width >= 8 && r.height >= 8) return { l: r.left, t: r.top, r: r.right, b: r.bottom };
     }
+    if (label) {
+      const icon = [...label.querySelectorAll("span, i")].find((e) => {
+        const r = e.getBoundingClientRect();
+        return !clean(e.innerText) && r.width >= 8 && r.width <= 40 && r.height >= 8;
+      });
+      const r = (icon || label).getBoundingClientRect();
+      if (!label.contains(input)) return { l: r.left, t: r.top, r: r.right, b: r.bottom };
+    }
     const shell = input.parentElement.getBoundingClientRect();
     if (shell.width >= 8 && shell.width <= 80 && shell.height >= 8 && shell.height <= 64) {
       return { l: shell.left, t: shell.top, r: shell.right, b: shell.bottom };
@@ -262,10 +270,29 @@ function measure() {
     return text;
   }
 
+  /* The drawn frame around a borderless input, with its small buttons. */
+  function shells() {
+    const edge = (e) => parseFloat(getComputedStyle(e).borderBottomWidth) >= 1;
+    const shell = el.parentElement;
+    if (!control || tick || edge(el) || !edge(shell)) return [];
+    if (shell.querySelectorAll("input, select, textarea").length !== 1) return [];
+    const r = shell.getBoundingClientRect();
+    const moved = toPage(clipped({ l: r.left, t: r.top, r: r.right, b: r.bottom }, shell), shell).rect;
+    return moved && r.height < 100 ? [asBox(moved)] : [];
+  }
+
+  /* Whether a text is all that its block says, and not a piece of a sentence. */
+  function alone() {
+    let block = el;
+    while (block.parentElement && getComputedStyle(block).display === "inline") block = block.parentElement;
+    return clean(block.innerText).toLowerCase() === clean(this.data).toLowerCase();
+  }
+
   const style = getComputedStyle(el);
   const area = (r) => (r.r - r.l) * (r.b - r.t);
-  const [label, labelFrom] = control || el.isContentEditable || el.getAttribute("role") === "combobox"
-    ? labelOf(el) : ["", ""];
+  const role = isText ? "" : el.getAttribute("role") || "";
+  let [label, labelFrom] = control || el.isContentEditable || role === "combobox" ? labelOf(el) : ["", ""];
+  if (!control && ["checkbox", "radio", "switch"].includes(role)) [label, labelFrom] = [clean(el.innerText), "own"];
   const letters = isText ? asBox(seen.rect) : textBox();
   const pitch = Math.max(1, parseFloat(style.lineHeight) || parseFloat(style.fontSize) * 1.2);
   return {
@@ -278,7 +305,8 @@ function measure() {
     text: isText ? clean(this.data) : clean(el.innerText),
     bare: isText ? clean(this.data) : bare(),
     textBox: letters,
-    wrappers: isText || !["A", "BUTTON"].includes(el.tagName) ? [] : wrappers(),
+    wrappers: ["A", "BUTTON"].includes(el.tagName) && !isText ? wrappers() : shells(),
+    alone: !isText || alone.call(this),
     lines: letters ? Math.max(1, Math.round(letters[3] / pitch)) : 0,
     cut: style.textOverflow === "ellipsis" && el.scrollWidth > el.clientWidth + 1,
     clickable: style.cursor === "pointer",

@@ -6,29 +6,59 @@ import re
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import CDPSession, Page
+from playwright.sync_api import CDPSession, Error, Page
 
 SCRIPT = (Path(__file__).resolve().parent / "capture.js").read_text("utf-8")
 
 ARIA = {
-    "RootWebArea": "document", "StaticText": "text", "LabelText": "label", "Canvas": "image",
-    "SvgRoot": "image", "Iframe": "group", "IframePresentational": "group", "img": "image",
-    "Section": "group", "Pre": "group", "DisclosureTriangle": "button", "Legend": "legend",
-    "LayoutTable": "table", "LayoutTableRow": "row", "LayoutTableCell": "cell", "Abbr": "text",
-    "PopUpButton": "combobox", "TextField": "textbox", "Date": "textbox", "Time": "textbox",
-    "ColorWell": "button", "Figcaption": "caption", "DescriptionList": "list", "image": "image",
-    "DescriptionListTerm": "term", "DescriptionListDetail": "definition", "EmbeddedObject": "group",
+    "RootWebArea": "document",
+    "StaticText": "text",
+    "LabelText": "label",
+    "Canvas": "image",
+    "SvgRoot": "image",
+    "Iframe": "group",
+    "IframePresentational": "group",
+    "img": "image",
+    "Section": "group",
+    "Pre": "group",
+    "DisclosureTriangle": "button",
+    "Legend": "legend",
+    "LayoutTable": "table",
+    "LayoutTableRow": "row",
+    "LayoutTableCell": "cell",
+    "Abbr": "text",
+    "PopUpButton": "combobox",
+    "TextField": "textbox",
+    "Date": "textbox",
+    "Time": "textbox",
+    "ColorWell": "button",
+    "Figcaption": "caption",
+    "DescriptionList": "list",
+    "image": "image",
+    "DescriptionListTerm": "term",
+    "DescriptionListDetail": "definition",
+    "EmbeddedObject": "group",
 }
 DROPPED = {"InlineTextBox", "LineBreak", "ListMarker", "none", "MenuListPopup"}
 UNNAMED = {"generic", "Section", "GenericContainer"}
 STATES = {
-    "disabled", "checked", "selected", "expanded", "focused", "pressed", "readonly", "required",
-    "multiline", "level", "haspopup", "modal", "invalid", "focusable",
+    "disabled",
+    "checked",
+    "selected",
+    "expanded",
+    "focused",
+    "pressed",
+    "readonly",
+    "required",
+    "multiline",
+    "level",
+    "haspopup",
+    "modal",
+    "invalid",
+    "focusable",
 }
-CONTROLS = {"textbox", "searchbox", "combobox", "checkbox", "radio", "spinbutton", "slider",
-            "switch", "listbox"}
-CLICKED = CONTROLS | {"button", "link", "tab", "menuitem", "option", "menuitemcheckbox",
-                      "menuitemradio", "treeitem"}
+CONTROLS = {"textbox", "searchbox", "combobox", "checkbox", "radio", "spinbutton", "slider", "switch", "listbox"}
+CLICKED = CONTROLS | {"button", "link", "tab", "menuitem", "option", "menuitemcheckbox", "menuitemradio", "treeitem"}
 
 ICON = re.compile("[\ue000-\uf8ff]")  # icon fonts put their drawings on private letters
 
@@ -76,11 +106,15 @@ class Capture:
     def measure(self, backend: int) -> dict[str, Any] | None:
         try:
             found = self.cdp.send("DOM.resolveNode", {"backendNodeId": backend})
-            answer = self.cdp.send("Runtime.callFunctionOn", {
-                "objectId": found["object"]["objectId"], "returnByValue": True,
-                "functionDeclaration": SCRIPT,
-            })
-        except Exception:  # the node has gone since the tree was read
+            answer = self.cdp.send(
+                "Runtime.callFunctionOn",
+                {
+                    "objectId": found["object"]["objectId"],
+                    "returnByValue": True,
+                    "functionDeclaration": SCRIPT,
+                },
+            )
+        except Error:  # the node has gone since the tree was read
             return None
         if "exceptionDetails" in answer:
             raise RuntimeError(answer["exceptionDetails"]["exception"]["description"])
@@ -92,11 +126,19 @@ class Capture:
         seen["wrappers"] = [self.pixels(b) for b in seen["wrappers"]]
         return seen if seen["box"][2] > 0 and seen["box"][3] > 0 else None
 
-    def add(self, role: str, name: str, parent: str | None, seen: dict[str, Any],
-            state: dict[str, Any]) -> str:
+    def add(self, role: str, name: str, parent: str | None, seen: dict[str, Any], state: dict[str, Any]) -> str:
         ident = f"n{len(self.nodes) + 1}"
-        self.nodes.append({"id": ident, "parent": parent, "role": role, "name": name,
-                           "bbox": seen["box"], "state": state, "dom": seen})
+        self.nodes.append(
+            {
+                "id": ident,
+                "parent": parent,
+                "role": role,
+                "name": name,
+                "bbox": seen["box"],
+                "state": state,
+                "dom": seen,
+            }
+        )
         return ident
 
     def _frame(self, frame_id: str | None, top: str | None) -> None:
@@ -133,9 +175,26 @@ class Capture:
         return self.add(role, name, parent, seen, _state(node, role, seen))
 
     def _document(self) -> dict[str, Any]:
-        return {"box": [0, 0, *self.size], "textBox": None, "wrappers": [], "tag": "html", "cls": "",
-                "type": "", "whole": True, "seen": "own", "text": "", "bare": "", "lines": 1, "cut": False,
-                "clickable": False, "label": "", "labelFrom": "", "placeholder": "", "value": ""}
+        return {
+            "box": [0, 0, *self.size],
+            "textBox": None,
+            "wrappers": [],
+            "tag": "html",
+            "cls": "",
+            "type": "",
+            "whole": True,
+            "seen": "own",
+            "text": "",
+            "bare": "",
+            "alone": True,
+            "lines": 1,
+            "cut": False,
+            "clickable": False,
+            "label": "",
+            "labelFrom": "",
+            "placeholder": "",
+            "value": "",
+        }
 
     def _texts(self) -> list[dict[str, Any]]:
         """Texts that are drawn although the accessibility tree leaves them out."""
@@ -162,8 +221,7 @@ class Capture:
         top = self.nodes[0]["id"] if self.nodes else None
         for frame_id in self._child_frames():
             self._frame(frame_id, top)
-        return {"size": list(self.size), "scale": self.scale, "nodes": self.nodes,
-                "texts": self._texts()}
+        return {"size": list(self.size), "scale": self.scale, "nodes": self.nodes, "texts": self._texts()}
 
     def _child_frames(self) -> list[str]:
         self.cdp.send("Page.enable")

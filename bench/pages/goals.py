@@ -1,7 +1,7 @@
 """Goals with true boxes for rendered screens, from what their DOM says.
 
-    python bench/pages/goals.py pick --captures bench/pages/.work --wanted WANTED.jsonl --out goals.jsonl
-    python bench/pages/goals.py auto --captures bench/pages/.work --count 500 --seed 7 --out goals.jsonl
+    python bench/pages/goals.py pick --captures bench/pages/.work/examples --wanted WANTED.jsonl --out goals.jsonl
+    python bench/pages/goals.py auto --captures bench/pages/.work/calibration --count 500 --seed 7 --out goals.jsonl
 
 `pick` takes hand-written goals, which name class, role, text and frame, and works out
 their boxes; it stops when one of them is not true of the screens. `auto` writes goals
@@ -23,23 +23,26 @@ from typing import Any
 
 Box = list[int]
 CLICKED = {"button", "link", "tab", "menuitem", "menuitemcheckbox", "menuitemradio", "option", "treeitem"}
-CONTROLS = {"textbox", "searchbox", "combobox", "checkbox", "radio", "spinbutton", "slider", "switch",
-            "listbox"}
+CONTROLS = {"textbox", "searchbox", "combobox", "checkbox", "radio", "spinbutton", "slider", "switch", "listbox"}
+TYPED = {"textbox", "searchbox", "spinbutton"}
+TICKED = {"checkbox", "switch"}
+CHOSEN = {"listbox", "combobox"}
 # What a role word in a goal may stand for.
 FAMILY = {
     "": set(),
     "field": CONTROLS,
     "heading": {"heading"},
     "cell": {"cell", "gridcell", "columnheader", "rowheader"},
-    **{role: CLICKED for role in CLICKED},
-    **{role: {"checkbox", "switch"} for role in ("checkbox", "switch")},
-    **{role: {"combobox", "listbox"} for role in ("combobox", "listbox")},
-    **{role: {"textbox", "searchbox", "spinbutton", "combobox"} for role in ("textbox", "searchbox", "spinbutton")},
     "radio": {"radio"},
     "slider": {"slider"},
+    **dict.fromkeys(CLICKED, CLICKED),
+    **dict.fromkeys(TICKED, TICKED),
+    **dict.fromkeys(TYPED, TYPED | {"combobox"}),
+    **dict.fromkeys(CHOSEN, CHOSEN),
 }
 RANK = [CLICKED, CONTROLS, {"heading"}, {"cell", "gridcell", "columnheader", "rowheader"}, {"label", "text"}]
 SLIVER = 4  # CSS pixels: less than this of a thing, at the edge of a pane, shows nothing of it
+READABLE = re.compile(r"(?=.*[^\W\d])[\w\s.,:;!?'’\"()&+#@€$%/–—…·-]+")  # and not only digits
 WIDE = 4  # a wrapper is as right as its text while it is at most this many times as large
 
 
@@ -66,8 +69,8 @@ class Thing:
     screen: str
     role: str
     box: Box | None
-    text: str                     # the text a person would ask for
-    names: set[str]               # every text it may be known by, normalised
+    text: str  # the text a person would ask for
+    names: set[str]  # every text it may be known by, normalised
     dom: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -95,7 +98,9 @@ class Thing:
         """The boxes any of which is a right answer."""
         own, letters = self.box, self.dom.get("textBox")
         assert own is not None
-        if self.role in CONTROLS or not letters:
+        if self.role in CONTROLS:
+            return [own] + [w for w in self.dom["wrappers"] if w != own]
+        if not letters:
             return [own]
         limit = WIDE * area(letters)
         if self.role in CLICKED:
@@ -116,8 +121,11 @@ def things_of(capture: dict[str, Any]) -> list[Thing]:
         text = dom["bare"] or dom["text"] or node["name"]
         if role in CONTROLS:
             text = dom["label"] or node["name"]
-        names = {norm(t) for t in (node["name"], dom["label"], dom["placeholder"], dom["value"], dom["bare"])
-                 if len(t) <= 120}
+        names = {
+            norm(t)
+            for t in (node["name"], dom["label"], dom["placeholder"], dom["value"], dom["bare"])
+            if len(t) <= 120
+        }
         if len(dom["text"]) <= 120:
             names.add(norm(dom["text"]))
         names.discard("")
@@ -134,8 +142,12 @@ def clusters(things: list[Thing]) -> list[list[Thing]]:
     for thing in sorted(things, key=lambda t: -area(t.box or [0, 0, 0, 0])):
         for group in groups:
             first = group[0]
-            if first.screen == thing.screen and first.box and thing.box and any(
-                    overlap(t.box or [0, 0, 0, 0], thing.box) >= 0.8 for t in group):
+            if (
+                first.screen == thing.screen
+                and first.box
+                and thing.box
+                and any(overlap(t.box or [0, 0, 0, 0], thing.box) >= 0.8 for t in group)
+            ):
                 group.append(thing)
                 break
         else:
@@ -160,17 +172,24 @@ class World:
     def matches(self, text: str, role: str, frame: str | None) -> list[Thing]:
         """One thing for each place where the text stands, in the stated role if there is one."""
         roles = FAMILY[role]
-        found = [t for t in self.things
-                 if (frame is None or t.screen == frame) and norm(text) in t.names
-                 and (not roles or t.role in roles or (role == "button" and "btn" in t.dom.get("cls", "")))]
+        found = [
+            t
+            for t in self.things
+            if (frame is None or t.screen == frame)
+            and norm(text) in t.names
+            and (not roles or t.role in roles or (role == "button" and "btn" in t.dom.get("cls", "")))
+        ]
         return [min(group, key=lambda t: t.rank) for group in clusters(found)]
 
     def hinted(self, text: str, role: str, frame: str | None) -> bool:
         """Whether the text stands anywhere, even as a part of something longer."""
         roles, pattern = FAMILY[role], re.compile(r"(?<!\w)" + re.escape(norm(text)) + r"(?!\w)")
-        return any(pattern.search(name) for t in self.things
-                   if (frame is None or t.screen == frame) and (not roles or t.role in roles)
-                   for name in t.names)
+        return any(
+            pattern.search(name)
+            for t in self.things
+            if (frame is None or t.screen == frame) and (not roles or t.role in roles)
+            for name in t.names
+        )
 
 
 class Untrue(Exception):
@@ -180,8 +199,7 @@ class Untrue(Exception):
 def resolve(world: World, want: dict[str, Any]) -> dict[str, Any]:
     """The finished goal for a wanted one: its boxes and its screen."""
     text, role, frame, kind = want["text"], want.get("role", ""), want.get("frame"), want["class"]
-    goal: dict[str, Any] = {"id": "", "goal": want["goal"], "frame": frame, "class": kind,
-                            "boxes": [], "screen": frame}
+    goal: dict[str, Any] = {"id": "", "goal": want["goal"], "frame": frame, "class": kind, "boxes": [], "screen": frame}
     if kind == "absent":
         if world.hinted(text, role, frame):
             raise Untrue(f"{want['goal']!r}: it is there")
@@ -211,10 +229,22 @@ def resolve(world: World, want: dict[str, Any]) -> dict[str, Any]:
 
 
 PHRASES: dict[str, list[tuple[str, str]]] = {
-    "button": [("find button '{}'", "button"), ("find the {} button", "button"), ("click '{}'", ""),
-               ("where is the '{}' button", "button"), ("press '{}'", ""), ('locate button "{}"', "button")],
-    "link": [("find link '{}'", "link"), ('find link "{}"', "link"), ("click '{}'", ""), ("open '{}'", ""),
-             ("where is the link '{}'", "link"), ("find '{}'", "")],
+    "button": [
+        ("find button '{}'", "button"),
+        ("find the {} button", "button"),
+        ("click '{}'", ""),
+        ("where is the '{}' button", "button"),
+        ("press '{}'", ""),
+        ('locate button "{}"', "button"),
+    ],
+    "link": [
+        ("find link '{}'", "link"),
+        ('find link "{}"', "link"),
+        ("click '{}'", ""),
+        ("open '{}'", ""),
+        ("where is the link '{}'", "link"),
+        ("find '{}'", ""),
+    ],
     "tab": [("find tab '{}'", "tab"), ("locate the tab '{}'", "tab"), ("open the {} tab", "tab")],
     "menuitem": [("find menu item '{}'", "menuitem"), ("choose '{}' in the menu", "menuitem")],
     "heading": [("find heading '{}'", "heading"), ("where is the heading '{}'", "heading"), ("find '{}'", "")],
@@ -223,26 +253,74 @@ PHRASES: dict[str, list[tuple[str, str]]] = {
     "checkbox": [("find checkbox '{}'", "checkbox"), ("tick '{}'", "field"), ("where is the {} checkbox", "checkbox")],
     "radio": [("find radio button '{}'", "radio"), ("select the option '{}'", "field")],
     "switch": [("find switch '{}'", "switch"), ("toggle '{}'", "field")],
-    "combobox": [("find the dropdown '{}'", "combobox"), ("find the '{}' select box", "field"),
-                 ("where is the {} dropdown", "combobox")],
-    "textbox": [("find the '{}' field", "field"), ("find the field labelled '{}'", "field"),
-                ("where is the {} field", "field"), ("type into '{}'", "field"), ("find text box '{}'", "field")],
+    "combobox": [
+        ("find the dropdown '{}'", "combobox"),
+        ("find the '{}' select box", "field"),
+        ("where is the {} dropdown", "combobox"),
+    ],
+    "textbox": [
+        ("find the '{}' field", "field"),
+        ("find the field labelled '{}'", "field"),
+        ("where is the {} field", "field"),
+        ("type into '{}'", "field"),
+        ("find text box '{}'", "field"),
+    ],
 }
-NEARLY = {"sign in": "Sign out", "save": "Save as draft", "cancel": "Cancel order", "submit": "Resubmit",
-          "delete": "Undelete", "edit": "Edit history", "next": "Next week", "search": "Search history",
-          "add": "Add sibling", "apply": "Apply to all", "close": "Close account", "password": "Old password",
-          "email": "Email signature", "name": "Maiden name", "home": "Home address"}
-NEVER = ["Eject disk", "Rotate left", "Mute microphone", "Burn CD", "Translate page", "Sync calendar",
-         "Track parcel", "Refill toner", "Unlock vault", "Book a flight", "Play trailer", "Zoom to fit",
-         "Invite guest", "Mirror screen", "Rewind tape", "Weigh parcel", "Feed the cat", "Empty cache"]
+NEARLY = {
+    "sign in": "Sign out",
+    "save": "Save as draft",
+    "cancel": "Cancel order",
+    "submit": "Resubmit",
+    "delete": "Undelete",
+    "edit": "Edit history",
+    "next": "Next week",
+    "search": "Search history",
+    "add": "Add sibling",
+    "apply": "Apply to all",
+    "close": "Close account",
+    "password": "Old password",
+    "email": "Email signature",
+    "name": "Maiden name",
+    "home": "Home address",
+}
+NEVER = [
+    "Eject disk",
+    "Rotate left",
+    "Mute microphone",
+    "Burn CD",
+    "Translate page",
+    "Sync calendar",
+    "Track parcel",
+    "Refill toner",
+    "Unlock vault",
+    "Book a flight",
+    "Play trailer",
+    "Zoom to fit",
+    "Invite guest",
+    "Mirror screen",
+    "Rewind tape",
+    "Weigh parcel",
+    "Feed the cat",
+    "Empty cache",
+]
 
 
 def phrase(role: str, text: str, rng: random.Random) -> tuple[str, str]:
     """A goal's words and the role they state."""
-    key = {"searchbox": "textbox", "spinbutton": "textbox", "slider": "textbox", "listbox": "combobox",
-           "menuitemcheckbox": "menuitem", "menuitemradio": "menuitem", "option": "menuitem",
-           "treeitem": "link", "gridcell": "cell", "columnheader": "cell", "rowheader": "cell",
-           "label": "text"}.get(role, role)
+    key = {
+        "searchbox": "textbox",
+        "spinbutton": "textbox",
+        "slider": "textbox",
+        "listbox": "combobox",
+        "menuitemcheckbox": "menuitem",
+        "menuitemradio": "menuitem",
+        "option": "menuitem",
+        "treeitem": "link",
+        "gridcell": "cell",
+        "columnheader": "cell",
+        "rowheader": "cell",
+        "label": "text",
+    }.get(role, role)
     words, stated = rng.choice(PHRASES.get(key, PHRASES["text"]))
     return words.format(text), stated
 
@@ -254,7 +332,8 @@ def _absent(world: World, screen: str, rng: random.Random) -> dict[str, Any]:
     role = rng.choice(["button", "link", "field"])
     text = rng.choice(NEVER)
     if way == "control" and here:
-        plain = [t for t in here if t.rank >= 2]
+        # neither labels, which may belong to a field, nor what a click on may do something
+        plain = [t for t in here if t.rank in (2, 3) and not t.dom["clickable"]]
         text = rng.choice(plain or here).text
     elif way == "nearly":
         text = NEARLY[rng.choice(sorted(NEARLY))]
@@ -268,7 +347,7 @@ def _absent(world: World, screen: str, rng: random.Random) -> dict[str, Any]:
 def _ambiguous(world: World, screen: str, rng: random.Random) -> dict[str, Any] | None:
     counts: dict[tuple[str, str], int] = {}
     for t in world.things:
-        if t.screen == screen and t.plain and (t.role in CLICKED or t.rank == 4):
+        if t.screen == screen and t.plain and (t.role in CLICKED or t.rank == 4) and READABLE.fullmatch(t.text):
             counts[(t.role, t.text)] = counts.get((t.role, t.text), 0) + 1
     many = sorted(key for key, n in counts.items() if n > 1)
     if not many:
@@ -276,17 +355,31 @@ def _ambiguous(world: World, screen: str, rng: random.Random) -> dict[str, Any] 
     role, text = rng.choice(many)
     words, stated = phrase(role, text, rng)
     controls = world.matches(text, "field", screen)
-    return None if controls and not stated else {
-        "goal": words, "class": "ambiguous", "text": text, "role": stated}
+    return None if controls and not stated else {"goal": words, "class": "ambiguous", "text": text, "role": stated}
 
 
 def _present(world: World, screen: str, kind: str, rng: random.Random) -> dict[str, Any] | None:
     if kind == "field":
-        pool = [t for t in world.things if t.screen == screen and t.role in CONTROLS and t.asked
-                and t.dom["labelFrom"] in ("label", "labelledby", "near", "placeholder")]
+        pool = [
+            t
+            for t in world.things
+            if t.screen == screen
+            and t.role in CONTROLS
+            and t.asked
+            and t.dom["labelFrom"] in ("label", "labelledby", "near", "placeholder", "own")
+        ]
     else:
-        pool = [t for t in world.things if t.screen == screen and t.plain and t.rank <= 4
-                and t.role not in CONTROLS and re.search(r"\w", t.text)]
+        pool = [
+            t
+            for t in world.things
+            if t.screen == screen
+            and t.plain
+            and t.rank <= 4
+            and t.role not in CONTROLS
+            and t.dom["alone"]
+            and READABLE.fullmatch(t.text)
+            and not re.search(r"\s\d+$", t.text)
+        ]
         clicked = [t for t in pool if t.rank == 0]
         pool = clicked if clicked and rng.random() < 0.6 else pool
     if not pool:

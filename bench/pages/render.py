@@ -28,11 +28,22 @@ from server import serve
 from verdaccio_server import serve_verdaccio
 
 HERE = Path(__file__).resolve().parent
-ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", "--disable-lcd-text",
-        "--font-render-hinting=none", "--hide-scrollbars"]
-CALM = "*, *::before, *::after { transition: none !important; animation-duration: 1ms !important; " \
-       "animation-delay: 0s !important; caret-color: transparent !important; }"
+ARGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-lcd-text",
+    "--font-render-hinting=none",
+    "--hide-scrollbars",
+]
+CALM = (
+    "*, *::before, *::after { transition: none !important; animation-duration: 1ms !important; "
+    "animation-delay: 0s !important; caret-color: transparent !important; }"
+)
 
 
 def only_loopback(route: Route) -> None:
@@ -83,8 +94,11 @@ def shoot(browser: Browser, screen: Screen, url: str, out: Path, work: Path) -> 
     """Open one page, do its steps, and save picture, tree and capture."""
     context = browser.new_context(
         viewport={"width": screen.view[0], "height": screen.view[1]},
-        device_scale_factor=screen.scale, color_scheme="dark" if screen.dark else "light",
-        locale="en-US", timezone_id="UTC", reduced_motion="reduce",
+        device_scale_factor=screen.scale,
+        color_scheme="dark" if screen.dark else "light",
+        locale="en-US",
+        timezone_id="UTC",
+        reduced_motion="reduce",
     )
     context.route("**/*", only_loopback)
     page = context.new_page()
@@ -136,7 +150,10 @@ def main(argv: list[str]) -> int:
             packages = stack.enter_context(serve_verdaccio(args.modules))
         play = stack.enter_context(sync_playwright())
         browser = play.chromium.launch(
-            executable_path=args.chromium, headless=True, args=ARGS, env={"HOME": profile},
+            executable_path=args.chromium,
+            headless=True,
+            args=ARGS,
+            env={"HOME": profile},
         )
         for screen in screens:
             url = packages + screen.path if screen.program == "verdaccio" else f"{base}/{screen.path}"

@@ -45,16 +45,16 @@ class Packages:
 
     def _candidates(self, path: str) -> Iterator[Path]:
         if path.startswith("src/"):
-            yield SOURCES / path[len("src/"):]
+            yield SOURCES / path[len("src/") :]
             return
         yield self.modules / path
         prefix = "admin-lte/"
         if not path.startswith(prefix + "plugins/"):
             return
-        wanted = path[len(prefix):]
+        wanted = path[len(prefix) :]
         for to, source in self.plugins:
             if wanted == to or wanted.startswith(to + "/"):
-                tail = source + wanted[len(to):]
+                tail = source + wanted[len(to) :]
                 yield self.modules / "admin-lte" / tail
                 yield self.modules.parent / tail
                 yield self.modules / tail.removeprefix("node_modules/")

@@ -90,14 +90,24 @@ def _publish(base: str, work: Path) -> None:
     for name, version, text, words, author in TINY:
         folder = work / name
         folder.mkdir()
-        manifest = {"name": name, "version": version, "description": text, "keywords": words,
-                    "author": author, "license": "MIT", "main": "index.js"}
+        manifest = {
+            "name": name,
+            "version": version,
+            "description": text,
+            "keywords": words,
+            "author": author,
+            "license": "MIT",
+            "main": "index.js",
+        }
         (folder / "package.json").write_text(json.dumps(manifest), "utf-8")
         (folder / "index.js").write_text("module.exports = {};\n", "utf-8")
         (folder / "README.md").write_text(README.format(name=name, text=text), "utf-8")
         subprocess.run(
             ["npm", "publish", "--registry", base, "--userconfig", str(rc), "--no-provenance"],
-            cwd=folder, check=True, capture_output=True, timeout=120,
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            timeout=120,
         )
 
 
@@ -110,9 +120,18 @@ def serve_verdaccio(modules: Path) -> Iterator[str]:
         config.write_text(CONFIG.format(storage=work / "storage"), "utf-8")
         base = f"http://127.0.0.1:{_free_port()}"
         server = subprocess.Popen(
-            ["node", str(modules.resolve() / "verdaccio" / "bin" / "verdaccio"),
-             "--config", str(config), "--listen", base.removeprefix("http://")],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=work, env={**os.environ, "HOME": temp},
+            [
+                "node",
+                str(modules.resolve() / "verdaccio" / "bin" / "verdaccio"),
+                "--config",
+                str(config),
+                "--listen",
+                base.removeprefix("http://"),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=work,
+            env={**os.environ, "HOME": temp},
         )
         try:
             _wait(base)

@@ -428,6 +428,14 @@ class Repository:
         """Checks of the machine and the installation: check, ok, detail, fix."""
         return doctor.examine(self.path, self._disk, self._clock, self._encoder, self._text_reader)
 
+    def stored_bytes(self) -> int:
+        """Bytes this object appended to packs."""
+        return self._store.written_bytes
+
+    def stored_pages(self) -> int:
+        """Pages, directory nodes and companions this object appended to packs."""
+        return self._store.written_pages
+
     # -- inner
 
     @property

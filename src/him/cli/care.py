@@ -72,7 +72,6 @@ def check(name: str, ok: bool, detail: str, fix: str = "") -> dict[str, object]:
 
 def machine_checks(session: Session) -> Iterator[dict[str, object]]:
     """What can be told without a repository."""
-    yield check("python", sys.version_info >= (3, 11), platform.python_version(), "install Python 3.11 or newer")
     missing = [part for part in PARTS if find_spec(part) is None]
     yield check("parts", not missing, ", ".join(missing) or "all there", "pip install him")
     yield check(
@@ -88,6 +87,7 @@ def repository_checks(session: Session, named: str | None) -> Iterator[dict[str,
     """What the repository says of itself; without one, that there is none."""
     path = find_repository(named, session.environ, session.cwd)
     if path is None:
+        yield check("python", sys.version_info >= (3, 11), platform.python_version(), "install Python 3.11 or newer")
         yield check("repository", True, "none here; only the machine was checked")
         return
     try:

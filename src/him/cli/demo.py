@@ -25,9 +25,13 @@ from him.types import Box
 if TYPE_CHECKING:
     from him.ingest import IngestReport
 
-GOALS_PER_SCREEN: Final = {"text": 1, "field": 1}
-GOALS_ANYWHERE: Final = {"absent": 1, "ambiguous": 1}
-GOALS_MAX: Final = 14
+SHOWN: Final = (
+    "g001", "g007", "g049", "g056", "g053", "g033", "g020", "g062", "g066", "g078", "g090", "g102", "g044", "g101",
+)  # fmt: skip
+"""The goals shown, in this order: every screen, text and fields, with and without a frame, one that stands for several
+places, one that is nowhere. `bench/` judges all of them."""
+SHOWN_BUDGET_MS: Final = 2_000
+"""What is shown is whether answers are right, on any machine; the times taken are printed beside the usual budget."""
 NEW_WORD: Final = "Approve"
 """What the changed screen says where it said something else."""
 
@@ -49,6 +53,7 @@ def register(program: typer.Typer) -> None:
 class SavedGoal:
     """A goal with what is right: the boxes come from the page itself, not from HIM."""
 
+    id: str
     goal: str
     frame: str | None
     kind: str
@@ -154,7 +159,7 @@ class Stage:
         self.ingest(picture, "main")
         self.say("2. Find")
         for goal in goals:
-            self.ask(SavedGoal(goal, None, "", (), None))
+            self.ask(SavedGoal("", goal, None, "", (), None))
         self.draw({picture.stem: picture})
         self.replay()
 
@@ -164,7 +169,7 @@ class Stage:
         self.say(f"1. Remember {len(pictures)} screens (pixels alone; their trees only judge)")
         self.ingest(folder, "main")
         self.say("2. Find, and compare with the boxes saved from the pages themselves")
-        for saved in chosen(saved_goals(folder / "goals.jsonl"), pictures):
+        for saved in chosen(saved_goals(folder / "goals.jsonl")):
             self.ask(saved)
         self.draw(pictures)
         self.change(pictures)
@@ -192,7 +197,7 @@ class Stage:
 
     def query(self, goal: str, snapshot: str, frame: str | None = None) -> dict[str, object]:
         """An answer in the form of the wire."""
-        found = self.repository.query(goal, snapshot, frame=frame, budget_ms=BUDGET_MS)
+        found = self.repository.query(goal, snapshot, frame=frame, budget_ms=SHOWN_BUDGET_MS)
         return found.as_json()
 
     def draw(self, pictures: dict[str, Path]) -> None:
@@ -275,9 +280,11 @@ class Stage:
         """The table of real timings."""
         elapsed = [float(str(one.answer["elapsed_ms"])) for one in self.result.asked]
         self.result.times_ms |= {"query, median": round(median(elapsed), 1), "query, slowest": round(max(elapsed), 1)}
+        within = sum(one <= BUDGET_MS for one in elapsed)
         if not self.quiet:
             rows = [(name, f"{value:.1f}") for name, value in self.result.times_ms.items()]
             self.session.table(("step", "ms"), rows)
+            self.session.say(f"{within} of {len(elapsed)} answers within {BUDGET_MS} ms")
             checked = [one for one in self.result.asked if one.right is not None]
             if checked:
                 right = sum(one.right is True for one in checked)
@@ -323,40 +330,14 @@ def saved_goals(path: Path) -> list[SavedGoal]:
         if line.strip():
             row = jsonlib.loads(line)
             boxes = tuple(Box(*box) for box in row["boxes"])
-            found.append(SavedGoal(row["goal"], row["frame"], row["class"], boxes, row["screen"]))
+            found.append(SavedGoal(row["id"], row["goal"], row["frame"], row["class"], boxes, row["screen"]))
     return found
 
 
-def chosen(goals: Iterable[SavedGoal], pictures: Iterable[str]) -> list[SavedGoal]:
-    """The first goals of each class for each screen, and the first that hold for all of them."""
-    screens = dict.fromkeys(pictures, 0)
-    taken: dict[tuple[str, str], int] = {}
-    found: list[SavedGoal] = []
-    for goal in goals:
-        anywhere = goal.kind in GOALS_ANYWHERE
-        if not anywhere and goal.screen not in screens:
-            continue
-        slot = ("" if anywhere else str(goal.screen), goal.kind)
-        limit = GOALS_ANYWHERE[goal.kind] if anywhere else GOALS_PER_SCREEN.get(goal.kind, 0)
-        if taken.get(slot, 0) < limit:
-            taken[slot] = taken.get(slot, 0) + 1
-            found.append(goal)
-    return found[:GOALS_MAX] if len(found) <= GOALS_MAX else spread(found)
-
-
-def spread(goals: Sequence[SavedGoal]) -> list[SavedGoal]:
-    """At most `GOALS_MAX` goals: those that hold anywhere, every screen's first, then more in order."""
-    seen: set[str | None] = set()
-    first: list[SavedGoal] = []
-    rest: list[SavedGoal] = []
-    for goal in goals:
-        if goal.kind in GOALS_ANYWHERE or goal.screen not in seen:
-            first.append(goal)
-            seen |= {goal.screen} if goal.kind not in GOALS_ANYWHERE else set()
-        else:
-            rest.append(goal)
-    kept = {id(goal) for goal in [*first, *rest][:GOALS_MAX]}
-    return [goal for goal in goals if id(goal) in kept]
+def chosen(goals: Iterable[SavedGoal]) -> list[SavedGoal]:
+    """The goals the demo shows."""
+    known = {goal.id: goal for goal in goals}
+    return [known[name] for name in SHOWN if name in known]
 
 
 def screens_folder() -> Path:

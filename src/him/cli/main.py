@@ -8,8 +8,8 @@ import typer.main
 
 import him
 from him.cli import ask, care, demo, history, remember, service, tiles
-from him.cli.failure import report
-from him.cli.session import Elsewhere, Session, session_here, session_of
+from him.cli.running import run_words
+from him.cli.session import Session, session_here, session_of
 
 ABOUT = """HIM: a versioned memory for agents and model state.
 
@@ -22,6 +22,9 @@ Start here:
   him ingest screen.png --repo memory --snapshot main
   him query --repo memory --snapshot main --goal "find button 'Submit'"
 """
+
+COMPLETION = "_HIM_COMPLETE"
+"""The variable through which a shell asks for completions."""
 
 program = typer.Typer(
     name="him", help=ABOUT, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=False
@@ -49,21 +52,14 @@ for room in (history, remember, ask, tiles, care, service, demo):
 
 
 def run(arguments: list[str], session: Session) -> int:
-    """Run one command line; returns its exit code and raises nothing but `Elsewhere`."""
-    words = arguments or ["--help"]
-    try:
-        result: object = typer.main.get_command(program).main(
-            args=words, prog_name="him", standalone_mode=False, obj=session
-        )
-    except (Elsewhere, BrokenPipeError):
-        raise
-    except (Exception, typer.Abort) as error:  # noqa: BLE001 - whatever happens ends as one line and a code
-        return report(error, session, words)
-    return result if isinstance(result, int) else 0
+    """Run one command line; returns its exit code."""
+    return run_words(typer.main.get_group(program), arguments, session)
 
 
 def run_here(arguments: list[str], started_ns: int) -> int:
     """Run one command line in this process."""
+    if COMPLETION in os.environ:
+        program(prog_name="him")
     try:
         session = session_here(started_ns)
     except FileNotFoundError:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
+from typer.core import TyperGroup
 
 import him
 from him.cli.commands import JsonOption, RepoOption, command, group
+from him.cli.running import run_words
 from him.cli.session import Elsewhere, Session, session_of
 from him.errors import BusyError, HimError, NotFoundError, StorageError
 from him.server import wire
@@ -69,7 +71,7 @@ def start(
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as output:
         process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd="/", start_new_session=True
+            words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     value = wait_for(process, socket, log, timeout)
     session.json(value) if json else session.say(f"serving {path} (pid {value['pid']})")
@@ -131,6 +133,8 @@ def run(context: typer.Context, repo: RepoOption = None, idle: IdleOption = None
     """Serve in the foreground until stopped."""
     session = session_of(context)
     path = session.repository_path(repo)
+    program = cast("TyperGroup", context.find_root().command)
+    os.chdir("/")  # a long-lived process must not hold the caller's folder
     daemon = Daemon(path, wire.socket_path(session.environ, path), idle_s=idle)
     try:
         with him.open(path) as repository:
@@ -138,7 +142,7 @@ def run(context: typer.Context, repo: RepoOption = None, idle: IdleOption = None
             daemon.listen()
             session.note(f"serving {path} on {daemon.path}")
             session.err.flush()
-            daemon.serve(lambda message: execute(message, path, repository))
+            daemon.serve(lambda message: execute(program, message, path, repository))
     finally:
         daemon.close()
 
@@ -152,10 +156,8 @@ def warm_up(repository: "him.Repository") -> None:
                 repository.warm(name)
 
 
-def execute(message: "Message", path: str, repository: "him.Repository") -> dict[str, object]:
+def execute(program: TyperGroup, message: "Message", path: str, repository: "him.Repository") -> dict[str, object]:
     """Run a forwarded command as the caller's own process would, and return what it printed."""
-    from him.cli.main import run as run_command
-
     arguments, environ, started = message.get("arguments"), message.get("environ"), message.get("started_ns")
     width = message.get("width")
     if not isinstance(arguments, list) or not isinstance(environ, Mapping) or not isinstance(started, int):
@@ -172,7 +174,7 @@ def execute(message: "Message", path: str, repository: "him.Repository") -> dict
         warm=(path, repository),
     )
     try:
-        code = run_command(cast("list[str]", arguments), session)
+        code = run_words(program, cast("list[str]", arguments), session)
     except Elsewhere:
         return {"retry": "another repository"}
     return {"exit": code, "stdout": out.getvalue(), "stderr": err.getvalue()}

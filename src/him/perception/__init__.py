@@ -9,9 +9,9 @@ milliseconds. The scene is a pure function of the picture, the tree, the reader'
 
 from collections.abc import Sequence
 
-from blake3 import blake3
 import msgspec
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from him.perception.ocr import Counts, Progress, checked, read

@@ -1,10 +1,10 @@
 """Joins an accessibility tree with what pixels show: the tree wins names, roles and states, pixels vouch for it."""
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Final
-import unicodedata
 
-from him.perception.parts import Part, iou, overlap_part
+from him.perception.parts import Part, Rows, iou, overlap_part
 from him.types import Box, TreeNode
 
 _ROLES: Final = {
@@ -30,6 +30,14 @@ _COVERED: Final = 0.5
 _UNSEEN: Final = 0.6
 """Confidence of a tree node that no pixels vouch for."""
 _MARGIN_PX: Final = 3
+_WITHIN: Final = 0.8
+_SAME_PLACE: Final = 0.6
+_ROOM: Final = 16
+"""A control is at most this many times as large as the strokes of its icon."""
+_FIELDS: Final = frozenset({"textbox", "searchbox", "combobox", "spinbutton", "listbox"})
+_PRESSED: Final = frozenset(
+    {"button", "link", "tab", "menuitem", "checkbox", "radio", "switch", "image", "menuitemcheckbox", "menuitemradio"}
+)
 
 
 def fused(parts: Sequence[Part], tree: Sequence[TreeNode], picture_size: tuple[int, int]) -> list[Part]:
@@ -45,30 +53,52 @@ def fused(parts: Sequence[Part], tree: Sequence[TreeNode], picture_size: tuple[i
     by_id = {node.id: node for node in tree}
     kept = [node for node in tree if _is_kept(node, by_id, whole)]
     names = {node.id for node in kept}
-    pairs = {node.id: _pairs(_spoken(node)) for node in kept}
+    rows = Rows([part.box for part in parts])
+    part_pairs = [_pairs(part.text) for part in parts]
+    said: list[set[str]] = [set() for _ in parts]
     taken: set[int] = set()
     found: list[Part] = []
     for node in kept:
-        best = 0.0
-        for index, part in enumerate(parts):
-            score = _vouches(part, node, pairs[node.id])
-            if score > 0 and (part.type != "panel" or score > 0.8):
+        pairs = _pairs(_spoken(node))
+        best, shown = 0.0, ""
+        for index in rows.near(node.bbox.intersection(whole)):
+            score = _vouches(parts[index], part_pairs[index], node, pairs)
+            if score <= 0:
+                continue
+            said[index] |= pairs
+            best = max(best, score)
+            if parts[index].type in _FIELDS or not part_pairs[index]:
                 taken.add(index)
-                best = max(best, score)
-        seen = best > 0
-        found.append(
-            Part(
-                _ROLES.get(node.role.lower(), node.role.lower()),
-                node.name,
-                node.bbox.intersection(whole),
-                round(0.9 + 0.1 * best, 4) if seen else _UNSEEN,
-                "fused" if seen else "tree",
-                tuple(sorted(node.state.items())),
-                node.id,
-                _kept_parent(node, by_id, names),
-            )
-        )
+            if parts[index].type in _FIELDS and role(node) in _FIELDS:
+                shown = parts[index].text
+        found.append(_part(node, whole, best, shown, _kept_parent(node, by_id, names)))
+    for index, mine in enumerate(part_pairs):
+        if mine and len(mine & said[index]) >= _ALIKE * len(mine):
+            taken.add(index)
     return found + [part for index, part in enumerate(parts) if index not in taken]
+
+
+def role(node: TreeNode) -> str:
+    """A node's role in ARIA words, whichever toolkit named it."""
+    name = node.role.lower()
+    return _ROLES.get(name, name)
+
+
+def _part(node: TreeNode, whole: Box, best: float, shown: str, parent: str | None) -> Part:
+    """A tree node as a part; what a field shows beside its name (a value, a placeholder) goes into its state."""
+    state = dict(node.state)
+    if shown and "value" not in state and _plain(shown) != _plain(node.name):
+        state["shown"] = shown
+    return Part(
+        role(node),
+        node.name,
+        node.bbox.intersection(whole),
+        round(0.9 + 0.1 * min(best, 1.0), 4) if best > 0 else _UNSEEN,
+        "fused" if best > 0 else "tree",
+        tuple(sorted(state.items())),
+        node.id,
+        parent,
+    )
 
 
 def _is_kept(node: TreeNode, by_id: dict[str, TreeNode], whole: Box) -> bool:
@@ -94,15 +124,30 @@ def _kept_parent(node: TreeNode, by_id: dict[str, TreeNode], names: set[str]) ->
     return None
 
 
-def _vouches(part: Part, node: TreeNode, pairs: set[str]) -> float:
-    """How well a part seen in pixels confirms a tree node, 0…1; 0 when it does not."""
-    if overlap_part(part.box, node.bbox.grown(_MARGIN_PX)) < _COVERED:
+def _vouches(part: Part, mine: set[str], node: TreeNode, pairs: set[str]) -> float:
+    """How well a part seen in pixels confirms a tree node, 0…1; 0 when it does not.
+
+    A part confirms a node that says what it shows, around it (a line of a paragraph) or within it (a word of a
+    line); a field confirms the field in its place whatever it shows; strokes confirm the small control around them.
+    """
+    kind = role(node)
+    alone = iou(part.box, node.bbox)
+    if part.type in _FIELDS and kind in _FIELDS:
+        return alone if alone >= _SAME_PLACE else 0.0
+    if mine:
+        if overlap_part(part.box, node.bbox.grown(_MARGIN_PX)) >= _COVERED:
+            alike = len(mine & pairs) / len(mine)
+            return alike if alike >= _ALIKE else 0.0
+        if pairs and overlap_part(node.bbox, part.box) >= _WITHIN:
+            alike = len(mine & pairs) / len(pairs)
+            return alike if alike >= _WITHIN else 0.0
         return 0.0
-    if part.text:
-        mine = _pairs(part.text)
-        alike = len(mine & pairs) / len(mine) if mine else 0.0
-        return alike if alike >= _ALIKE else 0.0
-    return iou(part.box, node.bbox) if iou(part.box, node.bbox) >= 0.4 else 0.0
+    if part.type == "panel":
+        return alone if alone >= _SAME_PLACE else 0.0
+    around = overlap_part(part.box, node.bbox.grown(_MARGIN_PX)) >= 0.9
+    if kind in _PRESSED and around and node.bbox.area <= _ROOM * part.box.area:
+        return max(alone, 0.5)
+    return alone if alone >= 0.4 else 0.0
 
 
 def _spoken(node: TreeNode) -> str:

@@ -1,8 +1,8 @@
 """Whole lines of text from the pieces single tiles saw: stitching at seams and cutting at wide gaps (pure geometry)."""
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
-import re
 from typing import Final, NamedTuple
 
 import cv2
@@ -21,13 +21,18 @@ _EDGE_PX: Final = 3
 _MEET_PX: Final = 6
 _INK: Final = 28
 """Difference of neighbouring pixels, in any channel, that counts as ink."""
-_CUT_GAP: Final = 0.5
-"""A blank as wide as this part of the crop's height separates two texts (a space between words is a third of it)."""
+_CUT_GAP: Final = (0.75, 1.15)
+"""A blank this many times as wide as the letters are high parts two texts: the first where the line's own spaces
+are much narrower, the second always (fixed-width fonts have spaces of 0.9)."""
+_CUT_SPACES: Final = 1.7
+_SPACE_LEAST: Final = 0.2
 _RULE_PX: Final = 4
+_SIDE_PX: Final = 3
 _DIVIDER_PX: Final = 3
 """A control's side this near to a line's end belongs to the end."""
 _SEPARATOR: Final = re.compile(r"\s+[/|>]\s+|\s*[›»•·∙⋅|¦]\s*|\s{2,}")
 _MARK_WIDTH: Final = 0.5
+_WIDE_SPACE: Final = 0.42
 
 
 class Piece(NamedTuple):
@@ -143,18 +148,25 @@ def _without_marks(picture: NDArray[np.uint8], box: Box, marks: Sequence[Box]) -
     inside = [
         mark
         for mark in sorted(marks)
-        if box.y - 4 <= mark.y and mark.y + mark.h <= box.y + box.h + 4 and 2 * mark.h >= box.h
-        if box.x - mark.w < mark.x < box.x + box.w
+        if box.y - 4 <= mark.y and mark.y + mark.h <= box.y + box.h + 4
+        if box.x - mark.w < mark.x < box.x + box.w and box.w > 2 * mark.w
     ]
     if not inside:
         return [box]
-    ink, _ = _ink_columns(picture[box.y : box.y + box.h, box.x : box.x + box.w])
+    crop = picture[box.y : box.y + box.h, box.x : box.x + box.w]
+    ink, _ = _ink_columns(crop)
+    letters = crop.copy()
+    for mark in inside:
+        letters[:, max(0, mark.x - box.x - 1) : mark.x - box.x + mark.w + 1] = 0
+    least = _ink_height(letters)
     parts: list[Box] = []
     start = 0
     for mark in inside:
         left, right = mark.x - box.x, mark.x + mark.w - box.x
         gap = max(3, box.h // 8)
-        if ink[max(0, left - gap) : max(0, left - 1)].any() or ink[right + 2 : right + gap + 1].any():
+        touched = ink[max(0, left - gap) : max(0, left - 1)].any() or ink[right + 2 : right + gap + 1].any()
+        # A box to tick is at least as high as the letters beside it; a round letter is lower than they are.
+        if touched or mark.h <= least:
             continue
         parts.append(Box(box.x + start, box.y, max(0, left - 1 - start), box.h))
         start = max(start, min(box.w, right + 1))
@@ -179,10 +191,12 @@ def _cut_at_blanks(picture: NDArray[np.uint8], box: Box) -> list[Box]:
     """`box` cut at wide blanks and at rules, each part with a margin of its blank."""
     if box.w < 2 * box.h or box.h < 6:
         return [box]
-    ink, rules = _ink_columns(picture[box.y : box.y + box.h, box.x : box.x + box.w])
-    gap_least = max(8, round(_CUT_GAP * box.h))
+    crop = picture[box.y : box.y + box.h, box.x : box.x + box.w]
+    ink, rules = _ink_columns(crop)
+    runs = _runs(ink)
+    gap_least = _gap_least(runs, _ink_height(crop))
     parts: list[list[int]] = [[]]
-    for start, end in _runs(ink):
+    for start, end in runs:
         if end - start <= _RULE_PX and bool(rules[start:end].all()):
             parts.append([])
         elif parts[-1] and start - parts[-1][1] < gap_least:
@@ -201,6 +215,40 @@ def _cut_at_blanks(picture: NDArray[np.uint8], box: Box) -> list[Box]:
     return [Box(box.x + start, box.y, end - start, box.h) for start, end in spans]
 
 
+def _gap_least(runs: list[tuple[int, int]], ink_height: int) -> float:
+    """How wide a blank must be to part two texts of a line, in pixels."""
+    low, high = (max(6.0, factor * ink_height) for factor in _CUT_GAP)
+    spaces = sorted(b[0] - a[1] for a, b in pairwise(runs) if b[0] - a[1] >= _SPACE_LEAST * ink_height)
+    usual = spaces[(len(spaces) - 1) // 2] if spaces else 0
+    return min(high, max(low, _CUT_SPACES * usual)) if len(spaces) > 1 else low
+
+
+def _ink_rows(crop: NDArray[np.uint8]) -> tuple[int, int]:
+    """[first, end) of the rows with ink; steps along a row only, so that rules across the crop do not count.
+
+    The outermost columns are left out: a crop cut at a control's side holds that side's line.
+    """
+    crop = crop[:, _SIDE_PX:-_SIDE_PX] if crop.shape[1] > 4 * _SIDE_PX else crop
+    inked = np.flatnonzero((cv2.absdiff(crop[:, 1:], crop[:, :-1]).max(axis=2) > _INK).any(axis=1))
+    return (int(inked[0]), int(inked[-1]) + 1) if inked.size else (0, crop.shape[0])
+
+
+def _ink_height(crop: NDArray[np.uint8]) -> int:
+    """Rows from the first to the last with ink."""
+    first, end = _ink_rows(crop)
+    return end - first
+
+
+def tight(picture: NDArray[np.uint8], box: Box) -> Box:
+    """`box` shrunk to the rows its letters stand in, and one pixel above and below.
+
+    The detector's boxes of one font differ by half their height; letters tell the size of a text.
+    """
+    first, end = _ink_rows(picture[box.y : box.y + box.h, box.x : box.x + box.w])
+    first, end = max(0, first - 1), min(box.h, end + 1)
+    return Box(box.x, box.y + first, box.w, end - first)
+
+
 def cut_at_separators(picture: NDArray[np.uint8], box: Box, text: str) -> list[tuple[Box, str]]:
     """A line cut at the marks that part its items, as in "Home › Library" or "Next | Last".
 
@@ -216,11 +264,22 @@ def cut_at_separators(picture: NDArray[np.uint8], box: Box, text: str) -> list[t
     text = text.strip()
     if not marks or box.w < 2 * box.h:
         return [(box, text)]
-    ink, _ = _ink_columns(picture[box.y : box.y + box.h, box.x : box.x + box.w])
+    crop = picture[box.y : box.y + box.h, box.x : box.x + box.w]
+    ink, _ = _ink_columns(crop)
     runs = _words(_runs(ink), max(2, box.h // 8))
     cuts = _places(runs, [((m.start() + m.end()) / 2 / len(text), bool(m.group().strip())) for m in marks], box)
     if cuts is None:
         return [(box, text)]
+    # A slash between plain spaces is part of a text ("Win 95 / OSX"); between wide ones it parts the items of a path.
+    wide = _WIDE_SPACE * _ink_height(crop)
+    chosen = [
+        (mark, cut)
+        for mark, cut in zip(marks, cuts, strict=True)
+        if mark.group().strip() not in ("/", ">") or _room(runs, cut) >= wide
+    ]
+    if not chosen:
+        return [(box, text)]
+    marks, cuts = [mark for mark, _ in chosen], [cut for _, cut in chosen]
     starts = [0, *(m.end() for m in marks)]
     ends = [*(m.start() for m in marks), len(text)]
     lefts = [0, *(right for _, right in cuts)]
@@ -249,6 +308,13 @@ def _places(runs: list[tuple[int, int]], wanted: list[tuple[float, bool]], box: 
             return None
         found.append(near)
     return found
+
+
+def _room(runs: list[tuple[int, int]], mark: tuple[int, int]) -> int:
+    """The narrower of the blanks left and right of a separator."""
+    before = max((end for _, end in runs if end <= mark[0]), default=0)
+    after = min((start for start, _ in runs if start >= mark[1]), default=mark[1])
+    return min(mark[0] - before, after - mark[1])
 
 
 def _words(runs: list[tuple[int, int]], gap: int) -> list[tuple[int, int]]:

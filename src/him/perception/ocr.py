@@ -4,18 +4,18 @@ A pure function of pixels and the reader's pin: what a Memo remembers only saves
 the detection of the tiles whose pixels or halo changed, and the recognition of the lines whose pixels changed.
 """
 
-from collections.abc import Callable, Iterable, Sequence
 import re
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NamedTuple
 
-from blake3 import blake3
 import msgspec
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from him.config import OCR_HALO_PX, SCREEN_TILE_PX
 from him.errors import UsageError
-from him.perception.lines import Piece, cut_at_gaps, cut_at_separators, piece, stitched
+from him.perception.lines import Piece, cut_at_gaps, cut_at_separators, piece, stitched, tight
 from him.ports import Memo, TextReader
 from him.types import Box, TextLine, WidgetBox
 
@@ -35,6 +35,7 @@ _SMALL_HEIGHT_PX: Final = (6, 40)
 _SMALL_WIDTH: Final = 2.4
 _SMALL_SINGLE: Final = 0.92
 """A single letter with its margin is narrower than high; discs and squares are not."""
+_BADGE_LEAST_PX: Final = 12
 _SMALL_COUNT_MAX: Final = 300
 _SMALL_CONFIDENCE_LEAST: Final = 0.9
 _SMALL_TEXT: Final = re.compile(r"[0-9]{1,3}|[A-Z]{2,3}|[a-z]{2,4}|[A-Z][a-z]{1,3}|[0-9.,]{1,4}%?|[ABDEFGHKMNPQRSWZ?]")
@@ -107,13 +108,13 @@ def read(
     crops = [_crop(picture, box) for box in boxes + small]
     texts, fresh = _recognised(crops, reader, memo, pin, progress)
     lines = [
-        TextLine(part, item, round(confidence, 4))
+        TextLine(tight(picture, part), item, round(confidence, 4))
         for box, (text, confidence) in zip(boxes, texts, strict=False)
         if text.strip() and confidence >= _CONFIDENCE_LEAST
         for part, item in cut_at_separators(picture, box, text)
     ]
     lines += [
-        TextLine(box, text.strip(), round(confidence, 4))
+        TextLine(tight(picture, box), text.strip(), round(confidence, 4))
         for box, (text, confidence) in zip(small, texts[len(boxes) :], strict=True)
         if confidence >= _SMALL_CONFIDENCE_LEAST and _SMALL_TEXT.fullmatch(text.strip())
         if len(text.strip()) > 1 or box.w <= _SMALL_SINGLE * box.h
@@ -131,12 +132,17 @@ def _overlooked(boxes: Sequence[Box], widgets: Sequence[WidgetBox], height: int,
     found: list[Box] = []
     for one in widgets:
         box = one.box
-        if one.kind != "icon" or not low <= box.h <= high or box.w > _SMALL_WIDTH * box.h:
+        if one.kind not in ("icon", "check", "radio") or not low <= box.h <= high or box.w > _SMALL_WIDTH * box.h:
             continue
         shared_x = np.minimum(taken[:, 0] + taken[:, 2], box.x + box.w) - np.maximum(taken[:, 0], box.x)
         shared_y = np.minimum(taken[:, 1] + taken[:, 3], box.y + box.h) - np.maximum(taken[:, 1], box.y)
-        if int((np.maximum(shared_x, 0) * np.maximum(shared_y, 0)).max()) * 4 <= box.area:
+        if int((np.maximum(shared_x, 0) * np.maximum(shared_y, 0)).max()) * 4 > box.area:
+            continue
+        if one.kind == "icon":
             found.append(box.grown(max(3, box.h // 3)).intersection(whole))
+        elif box.w >= _BADGE_LEAST_PX:
+            # A counter in a disc looks like a chosen radio: read what is inside its outline.
+            found.append(Box(box.x + 3, box.y + 2, box.w - 6, box.h - 4))
     return found[:_SMALL_COUNT_MAX]
 
 

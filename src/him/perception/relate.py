@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-from him.perception.parts import Part, overlap_part
+from him.perception.parts import Part, Rows, overlap_part
 from him.types import Box, Edge
 
 _FIELDS: Final = frozenset({"textbox", "searchbox", "combobox", "spinbutton", "listbox", "slider"})
@@ -14,6 +14,7 @@ _LEFT_PX: Final = 240
 _ALIGNED_PX: Final = 24
 _MARK_PX: Final = 28
 _ROW_GAP_PX: Final = 160
+_ROW_HEIGHT_MAX: Final = 80
 
 
 def related(parts: Sequence[Part], ids: Sequence[str]) -> tuple[Edge, ...]:
@@ -51,17 +52,16 @@ def _contains(parts: Sequence[Part]) -> list[tuple[int, int]]:
 def _labels(parts: Sequence[Part]) -> list[tuple[int, int]]:
     """The nearest aligned text of every field and mark."""
     texts = [index for index, part in enumerate(parts) if part.type in _LABELS and part.text]
+    rows = Rows([parts[text].box for text in texts])
     found: list[tuple[int, int]] = []
     for index, part in enumerate(parts):
-        if part.type in _FIELDS:
-            costs = [(_field_cost(parts[text].box, part.box), text) for text in texts]
-        elif part.type in _MARKS:
-            costs = [(_mark_cost(parts[text].box, part.box), text) for text in texts]
-        else:
+        if part.type not in _FIELDS and part.type not in _MARKS:
             continue
-        near = [(cost, text) for cost, text in costs if cost is not None]
-        if near:
-            found.append((min(near)[1], index))
+        cost_of = _field_cost if part.type in _FIELDS else _mark_cost
+        near = [texts[row] for row in rows.near(part.box.grown(max(_ABOVE_PX, part.box.h)))]
+        costs = [(cost, text) for text in near if (cost := cost_of(parts[text].box, part.box)) is not None]
+        if costs:
+            found.append((min(costs)[1], index))
     return found
 
 
@@ -71,7 +71,7 @@ def _field_cost(label: Box, field: Box) -> int | None:
     aligned = abs(label.x - field.x)
     # A label may start further left than its field, over a sign or an icon joined to the field.
     reach = 2 * _ALIGNED_PX if label.x < field.x else _ALIGNED_PX
-    if -label.h // 3 <= above <= _ABOVE_PX and aligned <= reach:
+    if -label.h // 3 <= above <= max(_ABOVE_PX, field.h * 3 // 4) and aligned <= reach:
         return 2 * max(0, above) + aligned
     left = field.x - label.x - label.w
     apart = abs(2 * label.y + label.h - 2 * field.y - field.h) // 2
@@ -91,12 +91,13 @@ def _mark_cost(label: Box, mark: Box) -> int | None:
 
 def _rows(parts: Sequence[Part]) -> list[tuple[int, int]]:
     """Each part and its nearest right neighbour on the same line."""
-    flat = [index for index, part in enumerate(parts) if part.type != "panel" and part.box.h <= 80]
+    flat = [index for index, part in enumerate(parts) if part.type != "panel" and part.box.h <= _ROW_HEIGHT_MAX]
+    rows = Rows([parts[index].box for index in flat])
     found: list[tuple[int, int]] = []
     for index in flat:
         box = parts[index].box
         best: tuple[int, int] | None = None
-        for other in flat:
+        for other in (flat[row] for row in rows.near(box)):
             beside = parts[other].box
             gap = beside.x - box.x - box.w
             shared = min(box.y + box.h, beside.y + beside.h) - max(box.y, beside.y)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from him.perception.fuse import fused
-from him.perception.parts import Part, median_height, overlap_part, reading_order
+from him.perception.parts import Part, line_height, median_height, overlap_part, reading_order
 from him.perception.relate import related
 from him.types import Box, Node, Scene, TextLine, TreeNode, WidgetBox
 
@@ -31,7 +31,7 @@ _PREFIXES: Final = {
     "text": "txt",
     "textbox": "fld",
 }
-_HEADING_RATIO: Final = 1.35
+_HEADING_RATIO: Final = 1.25
 _SNUG_HEIGHT: Final = 3.4
 """A control is at most this many times as high as the text it is the button of."""
 _SNUG_SIDES: Final = 9
@@ -42,7 +42,14 @@ _ICON_COVERED: Final = 0.3
 _EMPTY_FIELD_PX: Final = (20, 60)
 _ICON_LEAST_PX: Final = 8
 _ICON_SIDE_LEAST_PX: Final = 6
+_MARK_RATIO: Final = 1.15
+_MARK_LEAST_PX: Final = 24
 _STACK_PX: Final = 4
+_TALL_PX: Final = 74
+"""A bordered rectangle higher than this that is no field is a panel."""
+_FIELD_HEIGHT: Final = 3.4
+_FIELD_CHARS_MAX: Final = 48
+_CARET_LEFT_PX: Final = 9
 _WIDE_FROM: Final = 0x2E80
 """The first code point of the East Asian scripts."""
 _PLAIN_SIGNS: Final = frozenset("?!+#%&@$€£-–—/|*=<>:")
@@ -79,22 +86,29 @@ def build(
         Node(name, part.type, part.text, part.box, dict(part.state), round(part.confidence, 4), part.source)
         for name, part in zip(ids, ordered, strict=True)
     )
-    confidence = sum(round(node.confidence * 10_000) for node in nodes) / (10_000 * len(nodes)) if nodes else 0.0
+    # Frames without a text say nothing about how well the screen was read.
+    counted = [round(node.confidence * 10_000) for node in nodes if node.text] or [0]
+    confidence = sum(counted) / (10_000 * len(counted))
     edges = related(ordered, ids)
     return Scene(SCENE_VERSION, width, height, nodes, edges, round(confidence, 4), (), dict(sorted(pins.items())))
 
 
 def _from_pixels(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> list[Part]:
     """What pixels alone show."""
+    usual = median_height(lines)
+    widgets = [_rescaled(one, usual) for one in widgets]
     marks = [one for one in widgets if one.kind in ("check", "radio") and not _is_letter(one.box, lines)]
     marks = [one for one in marks if not any(_is_badge(one.box, line) for line in lines)]
     marks = [one for one in marks if not any(other.box != one.box and _in_mark(one, other) for other in marks)]
     glyphs = _glyphs(lines)
+    lines = [line for line in lines if not (line.text in _ROUND and _has_stroke(line.box, (), marks, 0.3))]
     strokes = [one for one in widgets if one.kind == "icon"]
     lines = [_clear_of_icons(_clear_of_marks(line, marks), strokes) for line in lines if line not in glyphs]
     icons = [one for one in strokes if _is_icon(one.box, lines, marks)]
     icons += [WidgetBox(line.box, "icon", 0.5) for line in glyphs if not _has_stroke(line.box, icons, marks)]
-    controls = _controls(widgets)
+    areas = _areas(widgets, lines, usual)
+    lines = [line for line in lines if not any(overlap_part(line.box, area.box) >= _INSIDE for area in areas)]
+    controls = [one for one in _controls(widgets) if not any(one.box == area.box for area in areas)]
     homes: dict[Box, list[TextLine]] = {}
     loose: list[TextLine] = []
     by_size = sorted(controls, key=lambda one: (one.box.area, one.box))
@@ -104,25 +118,37 @@ def _from_pixels(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> lis
             loose.append(line)
         else:
             homes.setdefault(home.box, []).append(line)
-    parts: list[Part] = []
+    parts = list(areas)
     used: list[Box] = []
     for control in sorted(controls, key=lambda one: (one.box, one.kind)):
         inside = [one.box for one in icons if overlap_part(one.box, control.box) >= _INSIDE]
         nested = any(other.box != control.box and overlap_part(other.box, control.box) >= 0.9 for other in controls)
-        part = _control(control, homes.get(control.box, []), inside, nested)
+        part = _control(control, homes.get(control.box, []), inside, nested, usual)
         if part is None:
             loose += homes.get(control.box, [])
         else:
             parts.append(part)
             used += inside
-    least = _HEADING_RATIO * median_height(lines)
+    least = _HEADING_RATIO * usual
     parts += [_text(line, least) for line in loose]
     names = {"check": "checkbox", "radio": "radio"}
     parts += [Part(names[one.kind], "", one.box, one.confidence, "widget") for one in marks]
     free = [one for one in icons if one.box not in used and min(one.box.w, one.box.h) >= _ICON_SIDE_LEAST_PX]
     parts += [Part("icon", "", one.box, one.confidence, "widget") for one in free]
-    parts += [Part("panel", "", one.box, one.confidence, "widget") for one in widgets if one.kind == "panel"]
+    taken = {part.box for part in parts}
+    parts += [
+        Part("panel", "", one.box, one.confidence, "widget")
+        for one in widgets
+        if one.kind == "panel" or (one.kind == "field" and one.box.h > _TALL_PX and one.box not in taken)
+    ]
     return parts
+
+
+def _rescaled(widget: WidgetBox, usual: int) -> WidgetBox:
+    """A square much larger than the screen's text is a button with an icon, not a box to tick."""
+    if widget.kind in ("check", "radio") and widget.box.h > max(_MARK_LEAST_PX, _MARK_RATIO * usual):
+        return WidgetBox(widget.box, "button", widget.confidence)
+    return widget
 
 
 def _glyphs(lines: Sequence[TextLine]) -> list[TextLine]:
@@ -164,50 +190,76 @@ def _controls(widgets: Sequence[WidgetBox]) -> list[WidgetBox]:
 
 def _text(line: TextLine, heading_least: float) -> Part:
     """A line that belongs to no control."""
-    kind = "heading" if line.box.h >= heading_least and len(line.text) >= 2 else "text"
+    kind = "heading" if line_height(line) >= heading_least and len(line.text) >= 2 else "text"
     return Part(kind, line.text, line.box, line.confidence, "ocr")
 
 
-def _control(widget: WidgetBox, lines: list[TextLine], icons: list[Box], nested: bool) -> Part | None:
+def _control(widget: WidgetBox, lines: list[TextLine], icons: list[Box], nested: bool, usual: int) -> Part | None:
     """The control a rectangle and its content make, or None when it is only a frame around texts."""
     box = widget.box
     if not lines:
         return None if nested else _empty_control(widget, icons)
     ordered = sorted(lines, key=lambda line: (line.box.y, line.box.x))
-    end = box.x + box.w
     if len(ordered) == 2 and len(ordered[1].text) == 1 and ordered[1].text in _CARETS:
-        caret = ordered.pop()
-        icons = [*icons, caret.box]
+        icons = [*icons, ordered.pop().box]
     content = ordered[0].box
     for line in ordered[1:]:
         content = content.union(line.box)
-    line_height = max(line.box.h for line in ordered)
-    side_by_side = len(ordered) > 1 and content.h < 1.6 * line_height
-    if box.h > _SNUG_HEIGHT * line_height or side_by_side or len(ordered) > 2:
+    high = max(line_height(line) for line in ordered)
+    side_by_side = len(ordered) > 1 and content.h < high
+    if box.h > _SNUG_HEIGHT * high or side_by_side or len(ordered) > 2:
+        return None
+    kind = _control_type(widget, content, icons, high)
+    if kind == "textbox" and high >= _HEADING_RATIO * usual:
         return None
     text = " ".join(line.text for line in ordered)
-    confidence = min(line.confidence for line in ordered)
-    caret_left = min(
-        (icon.x for icon in icons if end - icon.x <= 2 * box.h and icon.x >= content.x + content.w), default=0
-    )
-    if (
-        widget.kind == "field"
-        and caret_left
-        and end - box.x >= 2 * box.h
-        and caret_left - content.x - content.w > line_height
-    ):
-        return Part("combobox", text, box, confidence, "ocr")
+    if kind is None or (kind != "button" and len(text) > _FIELD_CHARS_MAX):
+        return None
+    return Part(kind, text, box, min(line.confidence for line in ordered), "ocr")
+
+
+def _control_type(widget: WidgetBox, content: Box, icons: list[Box], high: int) -> str | None:
+    """What a rectangle is by where its text stands: "combobox", "textbox", "button"; None for a mere frame."""
+    box, end = widget.box, widget.box.x + widget.box.w
+    text_end = content.x + content.w
+    carets = [icon.x for icon in icons if end - icon.x <= 2 * box.h and icon.x >= text_end - 2]
+    if widget.kind == "field" and carets:
+        apart = min(carets) - text_end
+        if apart * 5 > high * 4 or content.x - box.x < _CARET_LEFT_PX:
+            return "combobox"
     for icon in icons:
         content = content.union(icon)
     left, right = content.x - box.x, end - content.x - content.w
-    centred = abs(left - right) <= max(5, _CENTRED * box.w)
+    clipped = right <= 3 < left
+    centred = abs(left - right) <= max(5, _CENTRED * box.w) and not clipped
     if widget.kind == "field" and left <= box.h and not centred:
-        return Part("textbox", text, box, confidence, "ocr")
-    if centred and box.w - content.w <= 2 * _SNUG_SIDES * line_height:
-        return Part("button", text, box, confidence, "ocr")
-    if box.w - content.w <= _SNUG_SIDES * line_height:
-        return Part("button", text, box, confidence, "ocr")
-    return None
+        return "textbox"
+    free = box.w - content.w
+    return "button" if free <= _SNUG_SIDES * high or (centred and free <= 2 * _SNUG_SIDES * high) else None
+
+
+def _areas(widgets: Sequence[WidgetBox], lines: Sequence[TextLine], usual: int) -> list[Part]:
+    """Fields of several lines: tall bordered rectangles with a label right above them and only text inside."""
+    found: list[Part] = []
+    frames = [one.box for one in widgets if one.kind in ("button", "field", "panel", "check", "radio")]
+    for one in widgets:
+        box = one.box
+        if one.kind != "field" or box.h <= _FIELD_HEIGHT * usual:
+            continue
+        labelled = any(
+            abs(line.box.x - box.x) <= usual // 2 and -usual // 3 <= box.y - line.box.y - line.box.h <= usual
+            for line in lines
+        )
+        holds = any(frame != box and overlap_part(frame, box) >= 0.9 for frame in frames)
+        inside = sorted(
+            (line for line in lines if overlap_part(line.box, box) >= _INSIDE),
+            key=lambda line: (line.box.y, line.box.x),
+        )
+        begins = not inside or (inside[0].box.x - box.x <= usual and inside[0].box.y - box.y <= usual)
+        if labelled and begins and not holds:
+            confidence = min((line.confidence for line in inside), default=one.confidence)
+            found.append(Part("textbox", " ".join(line.text for line in inside), box, round(confidence, 4), "ocr"))
+    return found
 
 
 def _empty_control(widget: WidgetBox, icons: list[Box]) -> Part | None:
@@ -228,7 +280,7 @@ def _empty_control(widget: WidgetBox, icons: list[Box]) -> Part | None:
 def _is_letter(box: Box, lines: Iterable[TextLine]) -> bool:
     """Whether a mark lies within a text, where it is the inside of a letter, rather than at its start."""
     return any(
-        overlap_part(box, line.box) >= 0.5 and (box.x - line.box.x > line.box.h or box.h * 2 < line.box.h)
+        overlap_part(box, line.box) >= 0.5 and (box.x - line.box.x > line_height(line) or box.h * 3 < line_height(line))
         for line in lines
     )
 
@@ -255,10 +307,14 @@ def _clear_of_icons(line: TextLine, strokes: Iterable[WidgetBox]) -> TextLine:
     for stroke in (one.box for one in strokes):
         if overlap_part(stroke, line.box) < 0.7 or stroke.w > 2 * stroke.h:
             continue
-        if _is_sign(first) and stroke.x - line.box.x < line.box.h // 2 and box.x == line.box.x:
+        if _is_sign(first) and stroke.x - line.box.x < line_height(line) // 2 and box.x == line.box.x:
             end = stroke.x + stroke.w + 1
             text, box = text[len(first) :].strip(), Box(end, box.y, box.x + box.w - end, box.h)
-        elif _is_sign(last) and line.box.x + line.box.w - stroke.x - stroke.w < line.box.h // 2 and box.w == line.box.w:
+        elif (
+            _is_sign(last)
+            and line.box.x + line.box.w - stroke.x - stroke.w < line_height(line) // 2
+            and box.w == line.box.w
+        ):
             text, box = text[: -len(last)].strip(), Box(box.x, box.y, stroke.x - 1 - box.x, box.h)
     return TextLine(box, text, line.confidence) if text and box.w > 0 else line
 
@@ -271,9 +327,9 @@ def _is_sign(word: str) -> bool:
 def _is_badge(mark: Box, line: TextLine) -> bool:
     """Whether a text fills a disc or square: a counter, a letter in a circle, no mark to tick."""
     return (
-        any(c.isalnum() for c in line.text)
+        any(c.isalnum() or c in _PLAIN_SIGNS for c in line.text)
         and line.text not in _ROUND
-        and overlap_part(line.box, mark) >= 0.5
+        and max(overlap_part(line.box, mark), overlap_part(mark, line.box) if len(line.text) == 1 else 0) >= 0.5
         and line.box.area * 4 >= mark.area
     )
 
@@ -294,6 +350,6 @@ def _is_icon(box: Box, lines: Iterable[TextLine], marks: Iterable[WidgetBox]) ->
     )
 
 
-def _has_stroke(box: Box, icons: Iterable[WidgetBox], marks: Iterable[WidgetBox]) -> bool:
+def _has_stroke(box: Box, icons: Iterable[WidgetBox], marks: Iterable[WidgetBox], least: float = 0.5) -> bool:
     """Whether an icon or a mark lies where a lone sign was read."""
-    return any(overlap_part(one.box, box) >= 0.5 for one in (*icons, *marks))
+    return any(overlap_part(one.box, box) >= least for one in (*icons, *marks))

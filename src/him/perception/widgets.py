@@ -9,8 +9,8 @@ a circle. Small unconnected strokes that are no such area become icon candidates
 from typing import Final, NamedTuple
 
 import cv2
-from cv2.typing import MatLike
 import numpy as np
+from cv2.typing import MatLike
 from numpy.typing import NDArray
 
 from him.types import Box, WidgetBox
@@ -20,12 +20,17 @@ RULES: Final = "widgets/1"
 _EDGE: Final = 7
 """Difference of neighbouring pixels, in any channel, that ends a flat area (a #f0f0f0 line on white is 15)."""
 _SIDE_LEAST: Final = 6
-_SIDE_COVER: Final = 0.55
+_SIDE_COVER: Final = 0.5
 """Part of each straight side that must belong to the area; the rest may be rounded corners or text."""
-_CHECK_PX: Final = (9, 26)
-_CONTROL_HEIGHT_PX: Final = (13, 72)
+_CHECK_PX: Final = (9, 40)
+"""Up to a checkbox at twice the usual scale; `scene` knows the size of the text and drops what is too large."""
+_CONTROL_HEIGHT_PX: Final = (13, 112)
+"""Up to a large field at twice the usual scale; `scene` compares it with the height of the text."""
 _CONTROL_WIDTH_LEAST: Final = 20
 _FIELD_WIDTH_LEAST: Final = 36
+_AREA_WIDTH_LEAST: Final = 120
+_AREA_HEIGHT_MAX: Final = 320
+"""A bordered rectangle up to this height may be a field of several lines."""
 _PANEL_LEAST_PX: Final = (80, 48)
 _BORDER: Final = 10
 _ICON_PX: Final = (2, 56)
@@ -89,7 +94,7 @@ def _rectangles(picture: NDArray[np.uint8], edges: NDArray[np.uint8]) -> list[Wi
     height, width = edges.shape
     widths, heights, pixels = stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT], stats[:, cv2.CC_STAT_AREA]
     boxed = widths.astype(np.int64) * heights
-    likely = (widths >= _SIDE_LEAST) & (heights >= _SIDE_LEAST) & (pixels * 4 >= boxed) & (boxed < height * width * 0.9)
+    likely = (widths >= _SIDE_LEAST) & (heights >= _SIDE_LEAST) & (pixels * 8 >= boxed) & (boxed < height * width * 0.9)
     likely[0] = False
     found: list[WidgetBox] = []
     for label in np.flatnonzero(likely).tolist():
@@ -108,6 +113,7 @@ def _named(picture: NDArray[np.uint8], labels: MatLike, area: _Area) -> WidgetBo
     outer = Box(max(0, box.x - 1), max(0, box.y - 1), box.w + 2, box.h + 2)
     low, high = _CHECK_PX
     if low <= min(box.w, box.h) and max(box.w, box.h) <= high and abs(box.w - box.h) <= 2:
+        # An icon in a square button leaves a hole as a tick does: which it is, the scene decides by the text's size.
         solid = _filled(mine)
         holed = np.count_nonzero(solid) * 20 >= np.count_nonzero(mine) * 21
         kind = _mark_kind(solid) if holed or _is_bordered(picture, box) else None
@@ -117,8 +123,10 @@ def _named(picture: NDArray[np.uint8], labels: MatLike, area: _Area) -> WidgetBo
         return None
     tall = _CONTROL_HEIGHT_PX[0] <= box.h <= _CONTROL_HEIGHT_PX[1]
     if tall and box.w >= _CONTROL_WIDTH_LEAST and box.w * 4 >= box.h * 3:
-        field = box.w >= _FIELD_WIDTH_LEAST and box.w >= 2 * box.h and _is_bordered(picture, box)
+        field = box.w >= _FIELD_WIDTH_LEAST and box.w * 5 >= 6 * box.h and _is_bordered(picture, box)
         return WidgetBox(outer, "field" if field else "button", round(0.5 + 0.4 * cover, 4))
+    if box.w >= _AREA_WIDTH_LEAST and box.h <= _AREA_HEIGHT_MAX and _is_bordered(picture, box):
+        return WidgetBox(outer, "field", round(0.4 + 0.4 * cover, 4))
     if box.w >= _PANEL_LEAST_PX[0] and box.h >= _PANEL_LEAST_PX[1]:
         return WidgetBox(outer, "panel", round(0.4 + 0.4 * cover, 4))
     return None
@@ -146,7 +154,7 @@ def _is_bordered(picture: NDArray[np.uint8], box: Box) -> bool:
 
 
 def _mark_kind(mine: NDArray[np.bool_]) -> str | None:
-    """ "radio" for a disc, "check" for a square with small corners, else None."""
+    """The mark an area shows: "radio" for a disc, "check" for a square with small corners, else None."""
     height, width = mine.shape
     y, x = np.ogrid[:height, :width]
     distance = (2 * y - height + 1) ** 2 * width * width + (2 * x - width + 1) ** 2 * height * height

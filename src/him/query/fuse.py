@@ -52,7 +52,7 @@ class State(msgspec.Struct, frozen=True):
         return any((frame, y, x) in self.stale for y, x in cells)
 
     def is_read(self, frame: str, box: Box) -> bool:
-        """Whether the tile under the middle of `box`, and as many as planned around it, were fetched."""
+        """Whether the tile under the middle of `box` was fetched (a plan reads those around it as K allows)."""
         cells = grid_of(self.scene(frame)).cells(box)
         return bool(cells) and (frame, *cells[0]) in self.read
 

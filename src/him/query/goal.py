@@ -205,6 +205,6 @@ def _unquoted(raw: str) -> Goal:
         role, text, context = _role(match["noun"]), match["text"], match["context"]
     elif match := _NOUN.fullmatch(rest):
         role, text = _role(match["noun"]), ""
-    text = text.strip(" ,;:\"'`“”‘’«»") if text else text
+    text = text.strip(" ,;:\"'`“”‘’«»") or text
     variants = tuple(dict.fromkeys((text, rest, whole))) if text else ()
     return Goal(raw, VERBS.get(verb, ""), role, text, variants, False, relation, context, 0)

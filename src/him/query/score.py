@@ -1,5 +1,6 @@
 """How well an element fits a goal: integer features of one place, and the score that ranks them. Pure functions."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
@@ -29,6 +30,8 @@ VARIANT_MALUS: Final = 25
 LABEL_MALUS: Final = 30
 LABEL_UNASKED_MALUS: Final = 300
 EDIT_CHARS_MAX: Final = 120
+FUZZY_MIN: Final = 550
+"""Below this likeness two texts have nothing to do with each other."""
 DIGITS_DIFFER: Final = 600
 """The best that texts with other digits can reach: "Page 1" and "Page 2" look alike and are never the same."""
 
@@ -54,8 +57,9 @@ _COMPATIBLE: Final[dict[str, frozenset[str]]] = {
     "cell": frozenset({"text", "link", "heading"}),
     "area": frozenset({"heading"}),
 }
-_NEAR: Final = frozenset({"0o", "o0", "1l", "l1", "5s", "s5", "8b", "b8", "2z", "z2", "uv", "vu", "ce", "ec"})
-_INSERT, _SPACE, _NEAR_COST, _DIGIT, _CHANGE = 10, 2, 3, 25, 10
+_ALIKE: Final = str.maketrans(
+    {"5": "s", "8": "b", "2": "z", "v": "u", "c": "e", "y": "u", "q": "g", "9": "g", "t": "f"}
+)
 
 
 class Features(NamedTuple):
@@ -93,31 +97,34 @@ class Match(msgspec.Struct, frozen=True):
     copies: int = 0
 
 
-def _cost(a: str, b: str) -> int:
-    """Weighted edit distance, in tenths of a character."""
-    above = [0]
+def _distance(a: str, b: str) -> int:
+    """Levenshtein distance, bit-parallel (Myers 1999, Hyyrö's form): one step a character of `b`."""
+    if not a:
+        return len(b)
+    at: dict[str, int] = {}
+    for place, char in enumerate(a):
+        at[char] = at.get(char, 0) | (1 << place)
+    last, full = 1 << (len(a) - 1), (1 << len(a)) - 1
+    more, less, distance = full, 0, len(a)
     for char in b:
-        above.append(above[-1] + _single(char))
-    for char in a:
-        single = _single(char)
-        row = [above[0] + single]
-        for at, other in enumerate(b):
-            swap = above[at] + _swap(char, other)
-            row.append(min(swap, above[at + 1] + single, row[at] + _single(other)))
-        above = row
-    return above[-1]
+        same = at.get(char, 0)
+        across = (((same & more) + more) ^ more) | same | less
+        grown, shrunk = less | ~(across | more), more & across
+        distance += 1 if grown & last else -1 if shrunk & last else 0
+        grown, shrunk = (grown << 1) | 1, shrunk << 1
+        more, less = (shrunk | ~(across | grown)) & full, grown & across & full
+    return distance
 
 
-def _single(char: str) -> int:
-    return _DIGIT if char.isdigit() else _INSERT if char.isalpha() else _SPACE
-
-
-def _swap(a: str, b: str) -> int:
-    if a == b:
+def _fuzzy(a: str, b: str) -> int:
+    """0…1000 likeness of two folded texts, a look-alike letter counting half; 0 below FUZZY_MIN."""
+    longest = max(len(a), len(b))
+    # Texts without half their letters in common cannot reach FUZZY_MIN: most pairs end here.
+    if longest > EDIT_CHARS_MAX or 2 * (Counter(a) & Counter(b)).total() < longest:
         return 0
-    if a + b in _NEAR:
-        return _NEAR_COST
-    return _DIGIT if a.isdigit() and b.isdigit() else _CHANGE
+    cost = _distance(a, b) + _distance(a.translate(_ALIKE), b.translate(_ALIKE))
+    likeness = FULL - FULL * cost // (2 * longest)
+    return likeness if likeness >= FUZZY_MIN else 0
 
 
 def _contained(target: str, text: str) -> int:
@@ -150,13 +157,7 @@ def similarity(target: str, text: str) -> int:
         return 0
     if bare.replace("rn", "m") == bare_text.replace("rn", "m"):
         return EXACT
-    score = 0
-    if max(len(target), len(text)) <= EDIT_CHARS_MAX and 2 * min(len(bare), len(bare_text)) >= max(
-        len(bare), len(bare_text)
-    ):
-        longest = 10 * max(len(bare), len(bare_text))
-        score = max(0, FULL - FULL * min(_cost(target, text), _cost(bare, bare_text) + 2) // longest)
-        score = min(score, EXACT - 1 if _digits(target) == _digits(text) else DIGITS_DIFFER)
+    score = min(_fuzzy(bare, bare_text), EXACT - 1 if _digits(target) == _digits(text) else DIGITS_DIFFER)
     score = max(score, _contained(target, text))
     if inner := _contained(text, target):
         score = max(score, (inner - 520) * 2 // 3 + 250)
@@ -223,9 +224,12 @@ def _order(match: Match) -> tuple[int, str, int, int, int, int, str]:
 def ranked(matches: Sequence[Match]) -> list[Match]:
     """Best first, ties by frame and place; nodes that show one target (a button and its text) joined into one."""
     kept: list[Match] = []
+    on_frame: dict[str, list[int]] = {}
     for match in sorted(matches, key=_order):
-        twin = next((i for i, other in enumerate(kept) if _same_target(other, match)), None)
+        beside = on_frame.setdefault(match.frame, [])
+        twin = next((place for place in beside if _same_target(kept[place], match)), None)
         if twin is None:
+            beside.append(len(kept))
             kept.append(match)
         else:
             kept[twin] = msgspec.structs.replace(kept[twin], copies=kept[twin].copies + 1)
@@ -233,9 +237,7 @@ def ranked(matches: Sequence[Match]) -> list[Match]:
 
 
 def _same_target(a: Match, b: Match) -> bool:
-    """Whether two places lie on each other and carry the same text."""
-    if a.frame != b.frame:
-        return False
+    """Whether two places of one frame lie on each other and carry the same text."""
     smaller = min(a.box.area, b.box.area)
     if smaller == 0 or 10 * a.box.intersection(b.box).area < 7 * smaller:
         return False

@@ -53,6 +53,8 @@ class WarmStore:
         self._lock = threading.RLock()
         self.written_bytes = 0
         """Bytes appended to packs since the store was opened."""
+        self.written_pages = 0
+        """Pages and directory nodes among them."""
         self.epoch = 0
         """Grows when appended blobs are forgotten: a batch that spans such a moment must not commit."""
 
@@ -119,7 +121,7 @@ class WarmStore:
     def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
         """Store a page, directory node or companion unless it is there; its hash."""
         blob = blob_id(kind, meta, payload)
-        self._put(kind, codec.RAW, blob, meta, payload, len(payload), bytes(16))
+        self.written_pages += self._put(kind, codec.RAW, blob, meta, payload, len(payload), bytes(16))
         self._remember(blob, payload)
         return blob
 

@@ -36,7 +36,8 @@ DTYPES: Final[dict[str, np.dtype[np.generic]]] = {name: np.dtype(name).newbyteor
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
 _FP8_MAX: Final = 448.0
-_FP16_MAX: Final = 65504.0
+_FP16_RANGE: Final = (2.0**-14, 65504.0)
+"""Smallest normal and largest float16: a tile whose peak lies within loses at most 2^-11 of it."""
 
 
 class TileHeader(msgspec.Struct, frozen=True, array_like=True):
@@ -103,7 +104,7 @@ def decode(header: bytes, codec: int, stored: bytes, *, expect: BlobId | None = 
     """
     try:
         head = msgspec.msgpack.decode(header, type=TileHeader)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(f"tile header does not parse: {error}") from error
     size = _payload_size(head)
     itemsize = 1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize
@@ -146,6 +147,9 @@ def compress(payload: bytes, itemsize: int) -> tuple[int, bytes]:
 def decompress(codec: int, stored: bytes, size: int, itemsize: int) -> bytes:
     """Inverse of `compress`: exactly `size` bytes, else IntegrityError."""
     try:
+        if codec != RAW and zstandard.frame_content_size(stored) != size:
+            # Asked before unpacking: a frame that names its size is unpacked whole, whatever the limit.
+            raise IntegrityError(f"stored bytes do not hold the {size} bytes that are due")
         payload = stored if codec == RAW else zstandard.ZstdDecompressor().decompress(stored, max_output_size=size)
     except zstandard.ZstdError as error:
         raise IntegrityError(f"stored bytes do not decompress: {error}") from error
@@ -171,12 +175,15 @@ def _encode(header: TileHeader, payload: bytes, itemsize: int) -> EncodedTile:
 
 
 def _payload_size(head: TileHeader) -> int:
-    if head.dtype != "bytes" and head.dtype not in DTYPES:
-        raise IntegrityError(f"tile header names an unknown dtype {head.dtype!r}")
+    if any(name != "bytes" and name not in DTYPES for name in (head.dtype, head.logical or head.dtype)):
+        raise IntegrityError(f"tile header names an unknown dtype {head.dtype!r} {head.logical!r}")
+    channels = head.shape[-1] if len(head.shape) >= 3 else 1
+    if head.quantise in ("int8", "fp8") and len(head.scales) != 4 * channels:
+        raise IntegrityError(f"tile header has {len(head.scales)} bytes of scales for {channels} channels")
     size = 1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize
     for length in head.shape:
         size *= length
-    if not 0 <= size <= TILE_BYTES_MAX:
+    if min(head.shape, default=0) < 0 or size > TILE_BYTES_MAX:
         raise IntegrityError(f"tile header names {size} bytes")
     return size
 
@@ -185,14 +192,18 @@ def _quantised(array: NDArray[np.generic], name: str, quantise: str) -> tuple[ND
     lossless = array, TileHeader(name, array.shape)
     if not quantise or name not in ("float16", "float32", "float64", "bfloat16"):
         return lossless
-    values = array.astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = array.astype(np.float32)
     if not bool(np.isfinite(values).all()):
         return lossless
     if quantise in ("int8", "fp8"):
         axes = tuple(range(values.ndim - 1)) if values.ndim >= 3 else None
         peak = np.abs(values).max(axis=axes)
-        scales = np.where(peak > 0, peak / (127.0 if quantise == "int8" else _FP8_MAX), 1.0).astype("<f4")
-        if bool(np.isfinite(scales).all()) and bool((scales >= np.finfo(np.float32).tiny).all()):
+        largest = 127.0 if quantise == "int8" else _FP8_MAX
+        scales = np.where(peak > 0, peak / largest, 1.0).astype("<f4")
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(scales * np.float32(largest)) & (scales >= np.finfo(np.float32).tiny)
+        if bool(fits.all()):
             scaled = values / scales
             stored: NDArray[np.generic] = (
                 np.clip(np.rint(scaled), -127, 127).astype(np.int8)
@@ -202,7 +213,8 @@ def _quantised(array: NDArray[np.generic], name: str, quantise: str) -> tuple[ND
             return stored, TileHeader(stored.dtype.name, array.shape, name, quantise, scales.tobytes())
     elif quantise != "fp16":
         raise UsageError(f"unknown quantisation {quantise!r}", fix="use fp16, int8 or fp8")
-    if float(np.abs(values).max()) <= _FP16_MAX:
+    low, high = _FP16_RANGE
+    if (peak_value := float(np.abs(values).max())) == 0 or low <= peak_value <= high:
         return values.astype(np.float16), TileHeader("float16", array.shape, name, "fp16")
     return lossless
 

@@ -37,7 +37,8 @@ def _quads(values: Array) -> tuple[Array, Array, Array, Array]:
 def _mean(values: Array) -> Array:
     # Repeating an edge sample leaves the mean of those that exist unchanged: (2a+2b)/4 = (a+b)/2.
     height, width = values.shape[:2]
-    if values.dtype == np.uint8 and values.ndim in (2, 3) and (values.ndim == 2 or values.shape[2] <= 4):
+    # For two channels cv2 takes another path, which rounds half to even.
+    if values.dtype == np.uint8 and values.ndim in (2, 3) and (values.ndim == 2 or values.shape[2] in (1, 3, 4)):
         even = np.pad(
             values.view(np.uint8), [(0, height % 2), (0, width % 2)] + [(0, 0)] * (values.ndim - 2), mode="edge"
         )
@@ -50,6 +51,9 @@ def _mean(values: Array) -> Array:
 def mean_oracle(values: Array) -> Array:
     """The definition of the mean rule: integers are rounded half up, floats averaged in float64."""
     a, b, c, d = _quads(values)
+    if np.issubdtype(values.dtype, np.integer) and values.dtype.itemsize == 8:
+        # The sum may not fit 64 bits: quarters and remainders are added apart, with the same result.
+        return (a >> 2) + (b >> 2) + (c >> 2) + (d >> 2) + (((a & 3) + (b & 3) + (c & 3) + (d & 3) + 2) >> 2)
     if np.issubdtype(values.dtype, np.integer):
         total = a.astype(np.int64) + b.astype(np.int64) + c.astype(np.int64) + d.astype(np.int64)
         return ((total + 2) >> 2).astype(values.dtype)

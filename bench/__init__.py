@@ -1,0 +1,1 @@
+"""Benchmarks: ratios, counts and rates of success; `python -m bench NAME --json`."""

@@ -1,0 +1,28 @@
+"""`python -m bench [NAME …] [--json] [--tiny]`: runs benchmarks and prints one row a line."""
+
+import argparse
+import importlib
+import sys
+
+from bench.measure import show
+
+NAMES = ("goals", "latency", "change")
+
+
+def main() -> int:
+    """Run what is named (all when nothing is); 1 when a goal was missed."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", help=f"benchmarks to run, of: {', '.join(NAMES)}")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--tiny", action="store_true", help="a small run that only shows that it works")
+    given = parser.parse_args()
+    missed = False
+    for name in given.names or NAMES:
+        for found in importlib.import_module(f"bench.{name}").run(tiny=given.tiny):
+            print(show(found, as_json=given.json), flush=True)
+            missed = missed or found["holds"] is False
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

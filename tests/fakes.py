@@ -1,0 +1,525 @@
+"""Ports for tests: clocks and randomness that repeat, disks that fail on purpose, a reader and an encoder without models.
+
+A "picture" here is white with rectangles of plain colour, and the colour is the word: `FakeReader` reads it back.
+"""
+
+import errno
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from him.adapters.local import LocalDisk
+from him.adapters.sqlite import SqliteProjection
+from him.catalog.fsck import Fsck, FsckReport
+from him.catalog.history import History
+from him.catalog.log import FileLog
+from him.catalog.reader import SnapshotReader
+from him.config import EMBEDDING_DIMS
+from him.errors import NotFoundError, StorageError
+from him.ingest import Ingest
+from him.ports import Disk, File
+from him.tier.warm import WarmStore
+from him.tile import codec
+from him.tile.address import blob_id
+from him.tile.codec import EncodedTile
+from him.types import BlobId
+
+Array = NDArray[np.generic]
+WORDS = ("Submit", "Cancel", "Settings", "Password", "Email", "Delete", "Profile", "Search", "Upload", "Help")
+
+
+class FakeClock:
+    """Every reading is a millisecond later than the one before."""
+
+    def __init__(self, start_ns: int = 1_700_000_000_000_000_000) -> None:
+        self._now = start_ns
+
+    def now_ns(self) -> int:
+        self._now += 1_000_000
+        return self._now
+
+    def monotonic_ns(self) -> int:
+        return self.now_ns()
+
+
+class FakeRng:
+    """The same bytes for the same seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._count = 0
+
+    def token(self, size: int) -> bytes:
+        self._count += 1
+        return hashlib.shake_128(f"{self._seed}:{self._count}".encode()).digest(size)
+
+
+class DictMemo:
+    """`ports.Memo` in a dict."""
+
+    def __init__(self) -> None:
+        self.items: dict[tuple[str, bytes], bytes] = {}
+
+    def get(self, kind: str, key: bytes) -> bytes | None:
+        return self.items.get((kind, key))
+
+    def put(self, kind: str, items: Iterable[tuple[bytes, bytes]]) -> None:
+        self.items.update({(kind, key): value for key, value in items})
+
+    def close(self) -> None:
+        pass
+
+
+class CountingStore:
+    """A LevelStore in dicts that counts what passes."""
+
+    def __init__(self) -> None:
+        self.pages: dict[bytes, tuple[int, bytes]] = {}
+        self.tiles: dict[bytes, EncodedTile] = {}
+        self.loaded: list[bytes] = []
+        self.put: list[bytes] = []
+        self.tiles_put = 0
+        self.tiles_read = 0
+
+    def reset(self) -> None:
+        self.loaded, self.put, self.tiles_put, self.tiles_read = [], [], 0, 0
+
+    def has(self, blob: BlobId) -> bool:
+        return blob in self.pages or blob in self.tiles
+
+    def page(self, kind: int, blob: BlobId) -> bytes:
+        self.loaded.append(blob)
+        own, payload = self.pages[blob]
+        assert own == kind
+        return payload
+
+    def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
+        blob = blob_id(kind, meta, payload)
+        self.pages[blob] = (kind, payload)
+        self.put.append(blob)
+        return blob
+
+    def put_tile(self, tile: EncodedTile, origin: bytes) -> bool:
+        self.tiles_put += 1
+        new = tile.blob_id not in self.tiles
+        self.tiles[tile.blob_id] = tile
+        return new
+
+    def read_tile(self, blob: BlobId) -> Array | bytes:
+        self.tiles_read += 1
+        tile = self.tiles[blob]
+        return codec.decode(tile.header, tile.codec, tile.stored)
+
+
+# -- seeing and meaning without models
+
+
+def colour_of(word: str) -> tuple[int, int, int]:
+    """The colour that spells a word of WORDS."""
+    number = WORDS.index(word) + 1
+    return 10 * number, 250 - 20 * number, 5 * number
+
+
+def picture(
+    height: int, width: int, texts: Mapping[tuple[int, int], str], noise: int | None = None
+) -> NDArray[np.uint8]:
+    """(h, w, 3) white with a 90×24 box of the word's colour at each (y, x)."""
+    pixels = np.full((height, width, 3), 255, dtype=np.uint8)
+    if noise is not None:
+        pixels[-1, :, 0] = np.random.default_rng(noise).integers(240, 255, width)
+    for (y, x), word in texts.items():
+        pixels[y : y + 24, x : x + 90] = colour_of(word)
+    return pixels
+
+
+class FakeReader:
+    """`ports.TextReader`: finds rectangles of dark colour, reads the word their colour spells; counts its work."""
+
+    def __init__(self, pin: str = "fake-reader-1") -> None:
+        self._pin = pin
+        self.detections = 0
+        self.recognitions = 0
+
+    def pin(self) -> str:
+        return hashlib.sha256(self._pin.encode()).hexdigest()
+
+    def detect(self, picture: NDArray[np.uint8]) -> list[list[tuple[int, int]]]:
+        self.detections += 1
+        ink = (picture.min(axis=2) < 128).astype(np.uint8)
+        count, _, stats, _ = cv2.connectedComponentsWithStats(ink)
+        boxes = sorted((int(y), int(x), int(w), int(h)) for x, y, w, h, _ in stats[1:count])
+        return [[(x, y), (x + w - 1, y), (x + w - 1, y + h - 1), (x, y + h - 1)] for y, x, w, h in boxes]
+
+    def recognise(self, crops: Sequence[NDArray[np.uint8]]) -> list[tuple[str, float]]:
+        self.recognitions += len(crops)
+        return [self._word(crop) for crop in crops]
+
+    def _word(self, crop: NDArray[np.uint8]) -> tuple[str, float]:
+        for word in WORDS:
+            if (crop == np.array(colour_of(word), dtype=np.uint8)).all(axis=2).mean() > 0.3:
+                return word, 0.99
+        return "", 0.0
+
+
+class FakeEncoder:
+    """`ports.TextEncoder`: texts that share words get near vectors."""
+
+    def __init__(self, pin: str = "fake-encoder-1") -> None:
+        self._pin = pin
+        self.encoded = 0
+
+    def pin(self) -> str:
+        return hashlib.sha256(self._pin.encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.int8]:
+        self.encoded += len(texts)
+        out = np.zeros((len(texts), EMBEDDING_DIMS), dtype=np.int8)
+        for row, text in enumerate(texts):
+            total = np.zeros(EMBEDDING_DIMS)
+            for word in text.casefold().replace(",", " ").split():
+                seed = int.from_bytes(hashlib.sha256(f"{self._pin}{word}".encode()).digest()[:4], "big")
+                total += np.random.default_rng(seed).standard_normal(EMBEDDING_DIMS)
+            length = float(np.sqrt((total * total).sum())) or 1.0
+            out[row] = np.clip(np.rint(total / length * 127), -127, 127).astype(np.int8)
+        return out
+
+
+# -- disks
+
+
+class PowerLoss(BaseException):
+    """The machine stopped: nothing of the program runs on (hence no Exception)."""
+
+
+class Faults:
+    """Decides, for every changing operation in order, whether it fails.
+
+    `mode` says how the chosen one fails: "refuse" changes nothing, "partial" writes half, "late" does all and still
+    reports failure, "power" stops the machine before it, "power-after" right after it.
+    """
+
+    def __init__(self, at: int | None = None, mode: str = "refuse", times: int = 1) -> None:
+        self.at = at
+        self.mode = mode
+        self.times = times
+        self.count = 0
+        self.kinds: list[str] = []
+        self.dead = False
+
+    def run(self, kind: str, path: str, whole: Callable[[], None], part: Callable[[], None] | None = None) -> None:
+        """Run one changing operation or fail it."""
+        if self.dead:
+            raise PowerLoss
+        self.count += 1
+        self.kinds.append(f"{kind} {path}")
+        if self.at is None or not self.at <= self.count < self.at + self.times:
+            whole()
+            return
+        if self.mode == "power":
+            self.dead = True
+            raise PowerLoss
+        if self.mode == "partial" and part is not None:
+            part()
+        elif self.mode in ("late", "power-after"):
+            whole()
+        if self.mode == "power-after":
+            self.dead = True
+            raise PowerLoss
+        raise StorageError(f"the disk is full ({kind} {self.count})", place=path)
+
+    def alive(self) -> None:
+        """Reads fail too once the machine stopped."""
+        if self.dead:
+            raise PowerLoss
+
+
+class MemFileData:
+    """A file's bytes as programs see them, and what has reached the medium.
+
+    `pending` holds what was done since the last sync, in order: (offset, bytes), or (size, None) for a truncation.
+    """
+
+    def __init__(self) -> None:
+        self.now = bytearray()
+        self.durable = bytearray()
+        self.pending: list[tuple[int, bytes | None]] = []
+        self.named = False
+        self.holder: object | None = None
+
+
+def _apply(data: bytearray, offset: int, piece: bytes | None) -> None:
+    if piece is None:
+        if offset < len(data):
+            del data[offset:]
+        else:
+            data.extend(bytes(offset - len(data)))
+        return
+    if len(data) < offset:
+        data.extend(bytes(offset - len(data)))
+    data[offset : offset + len(piece)] = piece
+
+
+class MemDisk:
+    """`ports.Disk` in memory that knows what a power loss would leave.
+
+    Names are durable once their folder was synced, bytes once their file was.
+    """
+
+    def __init__(self, faults: Faults | None = None) -> None:
+        self.faults = faults or Faults()
+        self.files: dict[str, MemFileData] = {}
+
+    def open(self, path: str, *, create: bool = False) -> "MemFile":
+        self.faults.alive()
+        if path not in self.files:
+            if not create:
+                raise NotFoundError("no such file in the repository", place=path)
+
+            def make() -> None:
+                self.files[path] = MemFileData()
+
+            self.faults.run("create", path, make)
+        return MemFile(self, path, self.files[path])
+
+    def list(self, folder: str) -> list[str]:
+        self.faults.alive()
+        head = f"{folder}/" if folder else ""
+        return sorted({p.removeprefix(head).split("/")[0] for p in self.files if p.startswith(head)})
+
+    def write_whole(self, path: str, data: bytes) -> None:
+        def replace() -> None:
+            made = MemFileData()
+            made.now, made.durable, made.named = bytearray(data), bytearray(data), True
+            self.files[path] = made
+
+        self.faults.run("replace", path, replace)
+
+    def remove(self, path: str) -> None:
+        self.faults.run("remove", path, lambda: self.files.pop(path, None) and None)
+
+    def sync_folder(self, folder: str) -> None:
+        def sync() -> None:
+            for path, data in self.files.items():
+                if path.rpartition("/")[0] == folder:
+                    data.named = True
+
+        self.faults.run("sync_folder", folder, sync)
+
+    def after_power_loss(self, keep: Callable[[], str]) -> "MemDisk":
+        """What a restart finds; for every unsynced piece `keep` says "all", "half" or "none".
+
+        Unsynced names appear when `keep` does not say "none".
+        """
+        found = MemDisk()
+        for path, data in self.files.items():
+            if not data.named and keep() == "none":
+                continue
+            left = MemFileData()
+            left.named = True
+            left.durable = bytearray(data.durable)
+            for offset, piece in data.pending:
+                fate = keep()
+                if fate == "all" or (fate == "half" and piece is None):
+                    _apply(left.durable, offset, piece)
+                elif fate == "half" and piece is not None:
+                    _apply(left.durable, offset, piece[: len(piece) // 2])
+            left.now = bytearray(left.durable)
+            found.files[path] = left
+        return found
+
+    def copy(self) -> "MemDisk":
+        """What another process sees after this one was killed: everything written, no locks."""
+        found = MemDisk()
+        for path, data in self.files.items():
+            found.files[path] = left = MemFileData()
+            left.now, left.durable, left.named = bytearray(data.now), bytearray(data.now), True
+        return found
+
+
+class MemFile:
+    """A descriptor on a MemDisk."""
+
+    def __init__(self, disk: MemDisk, path: str, data: MemFileData) -> None:
+        self._disk, self._path, self._data = disk, path, data
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        self._disk.faults.alive()
+        return bytes(self._data.now[offset : offset + size])
+
+    def _write(self, offset: int, data: bytes) -> None:
+        _apply(self._data.now, offset, data)
+        self._data.pending.append((offset, data))
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        whole = bytes(data)
+        self._disk.faults.run(
+            "write", self._path, lambda: self._write(offset, whole), lambda: self._write(offset, whole[: len(whole) // 2])
+        )
+
+    def size(self) -> int:
+        self._disk.faults.alive()
+        return len(self._data.now)
+
+    def truncate(self, size: int) -> None:
+        def cut() -> None:
+            _apply(self._data.now, size, None)
+            self._data.pending.append((size, None))
+
+        self._disk.faults.run("truncate", self._path, cut)
+
+    def sync(self) -> None:
+        def settle() -> None:
+            self._data.durable = bytearray(self._data.now)
+            self._data.pending = []
+
+        self._disk.faults.run("sync", self._path, settle)
+
+    def lock(self, *, wait: bool) -> bool:
+        self._disk.faults.alive()
+        if self._data.holder not in (None, self):
+            assert not wait, "a test would wait for ever"
+            return False
+        self._data.holder = self
+        return True
+
+    def unlock(self) -> None:
+        if self._data.holder is self:
+            self._data.holder = None
+
+    def close(self) -> None:
+        self.unlock()
+
+
+class FaultyDisk:
+    """A LocalDisk whose n-th changing operation fails."""
+
+    def __init__(self, disk: LocalDisk, faults: Faults) -> None:
+        self._disk = disk
+        self.faults = faults
+
+    def open(self, path: str, *, create: bool = False) -> "FaultyFile":
+        return FaultyFile(self._disk.open(path, create=create), path, self.faults)
+
+    def list(self, folder: str) -> list[str]:
+        return self._disk.list(folder)
+
+    def write_whole(self, path: str, data: bytes) -> None:
+        self.faults.run("replace", path, lambda: self._disk.write_whole(path, data))
+
+    def remove(self, path: str) -> None:
+        self.faults.run("remove", path, lambda: self._disk.remove(path))
+
+    def sync_folder(self, folder: str) -> None:
+        self.faults.run("sync_folder", folder, lambda: self._disk.sync_folder(folder))
+
+
+class FaultyFile:
+    """A file of a FaultyDisk."""
+
+    def __init__(self, file: File, path: str, faults: Faults) -> None:
+        self._file, self._path, self._faults = file, path, faults
+        self.read_at, self.size, self.lock = file.read_at, file.size, file.lock
+        self.unlock, self.close = file.unlock, file.close
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None:
+        half = memoryview(data)[: len(data) // 2]
+        self._faults.run(
+            "write", self._path, lambda: self._file.write_at(offset, data), lambda: self._file.write_at(offset, half)
+        )
+
+    def truncate(self, size: int) -> None:
+        self._faults.run("truncate", self._path, lambda: self._file.truncate(size))
+
+    def sync(self) -> None:
+        self._faults.run("sync", self._path, self._file.sync)
+
+
+# -- a repository without `app`
+
+
+REPOSITORY_ID = bytes(range(16))
+
+
+class Stack:
+    """The storage rooms put together over any Disk; projection and memo in memory."""
+
+    def __init__(
+        self, disk: Disk, *, clock: FakeClock | None = None, rng: FakeRng | None = None, writer: str = "test:1"
+    ) -> None:
+        self.disk = disk
+        self.clock, self.rng = clock or FakeClock(), rng or FakeRng()
+        self.log = FileLog(disk)
+        self.projection = SqliteProjection(None)
+        self.memo = DictMemo()
+        self.store = WarmStore(disk, self.projection, self.rng, REPOSITORY_ID)
+        self.history = History(self.log, self.projection, self.store, self.memo, self.clock, self.rng, writer)
+        self.history.refresh()
+        self.reader, self.encoder = FakeReader(), FakeEncoder()
+        self.ingest = Ingest(self.history, self.store, self.memo, self.clock, self.reader, self.encoder)
+
+    def close(self) -> None:
+        self.store.close()
+        self.log.close()
+        self.projection.close()
+
+    def at(self, name: str) -> SnapshotReader:
+        return SnapshotReader(self.store, self.memo, self.history.snapshot(name).directory)
+
+    def fsck(self) -> FsckReport:
+        return Fsck(self.disk, self.history, self.projection, self.store).run()
+
+    def content(self) -> dict[str, object]:
+        """Everything a user could see, by value: names, attributes, and each snapshot's frames with all their bytes."""
+        seen: dict[str, object] = {f"ref {name}": value for name, value in self.history.refs().items()}
+        for one in self.history.snapshots():
+            seen[one.snapshot_id] = (one.sealed, one.lamport, tuple(sorted(one.tags.items())), one.parents)
+            reader = SnapshotReader(self.store, self.memo, one.directory)
+            for frame in reader.frames():
+                cells = {
+                    key: _value(reader.tile(key)) for key in reader.keys(frame.stream, frame.name)
+                }
+                seen[f"{one.snapshot_id} {frame}"] = (frame.height, frame.width, cells)
+        return seen
+
+
+def _value(found: Array | bytes) -> object:
+    return found if isinstance(found, bytes) else (found.dtype.name, found.shape, found.tobytes())
+
+
+def new_disk(faults: Faults | None = None) -> MemDisk:
+    """An empty repository in memory."""
+    disk = MemDisk()
+    FileLog.create(disk)
+    disk.sync_folder("packs")
+    disk.faults = faults or Faults()
+    return disk
+
+
+def flip(path: Path, offset: int, bit: int) -> None:
+    """Flip one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+def full_disk_error() -> OSError:
+    """What the kernel says on a full disk."""
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+def chunks(items: Sequence[object], sizes: Iterable[int]) -> Iterator[list[object]]:
+    """The items in runs of the given sizes, the rest last."""
+    at = 0
+    for size in sizes:
+        if at >= len(items):
+            return
+        yield list(items[at : at + size])
+        at += size
+    if at < len(items):
+        yield list(items[at:])
