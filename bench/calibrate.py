@@ -15,6 +15,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +28,16 @@ from bench.examples import hits
 from bench.measure import calibration_error, share, show
 from him.adapters.minilm import MiniLmEncoder
 from him.adapters.rapidocr import RapidTextReader
-from him.config import ACCEPT_CONFIDENCE
+from him.config import ACCEPT_CONFIDENCE, OCR_HALO_PX
 from him.index import FrameScene, SnapshotRows, row_texts
 from him.perception import parse_tree, pins, see
-from him.query import Answer, answer, parse
+from him.query import Answer, answer, fuse, parse
 from him.query.calibrate import FEATURES, Calibrator, features_of, shipped
+from him.query.locate import box_shown
+from him.query.plan import grid_of
 from him.query.score import TIE_MARGIN, Match
 from him.query.search import by_meaning, by_words, embed, fuse_scores
-from him.types import BlobId, Entry, Scene, TileKey
+from him.types import BlobId, Box, Entry, QueryPlan, Scene, TileKey
 
 PAGES = Path(__file__).parent / "pages" / "calibration"
 MODEL = Path(__file__).parent.parent / "src" / "him" / "data" / "calibrator.json"
@@ -42,6 +45,13 @@ FOLDS = 5
 RIDGE = 1.0
 BOOTSTRAPS = 400
 BLOB = bytes(32)
+SIGN = {
+    "lexical": 1, "exact": 1, "part": 0, "labelled": 0, "beside": 0, "role": 1, "role_wrong": -1, "control_unseen": -1,
+    "click_unseen": -1, "button_unseen": -1, "heading_unasked": -1, "meaning": 1, "words": 1, "seen": 1,
+    "margin": 1, "rivals": -1, "length": 0,
+}  # fmt: skip
+"""Which way each feature may speak; 0 either."""
+SIGNS = np.array([SIGN[name] for name in FEATURES])
 
 
 class Example(NamedTuple):
@@ -72,11 +82,17 @@ class FolderMemo:
             self._path(kind, key).write_bytes(value)
 
 
-class Pages:
-    """`query.QuerySource` over pages in memory, whose tiles are never looked at."""
+def picture(folder: Path, name: str) -> NDArray[np.uint8]:
+    """A page's pixels, (h, w, 3) RGB."""
+    return cv2.cvtColor(cv2.imread(str(folder / f"{name}.png")), cv2.COLOR_BGR2RGB)
 
-    def __init__(self, scenes: Sequence[FrameScene]) -> None:
+
+class Pages:
+    """`query.QuerySource` over pictures in a folder."""
+
+    def __init__(self, folder: Path, scenes: Sequence[FrameScene]) -> None:
         self._scenes = scenes
+        self._picture = cache(partial(picture, folder))
         self._rows: dict[str | None, SnapshotRows] = {}
 
     def rows(self, frame: str | None) -> SnapshotRows:
@@ -91,7 +107,7 @@ class Pages:
         return BLOB
 
     def tile(self, key: TileKey) -> NDArray[np.uint8]:
-        return np.zeros((512, 512, 3), dtype=np.uint8)
+        return self._picture(key.frame)[512 * key.y : 512 * key.y + 512, 512 * key.x : 512 * key.x + 512]
 
 
 class Still:
@@ -110,20 +126,19 @@ class Still:
         pass
 
 
-def seen(page: Path, cache: Path, reader: RapidTextReader, encoder: MiniLmEncoder, *, tree: bool) -> FrameScene:
+def seen(page: Path, folder: Path, reader: RapidTextReader, encoder: MiniLmEncoder, *, tree: bool) -> FrameScene:
     """A page's scene with vectors, from the cache when picture, tree and rules are those of before."""
     nodes = parse_tree(page.with_suffix(".tree.json").read_bytes()) if tree else None
     known = json.dumps([hashlib.sha256(page.read_bytes()).hexdigest(), pins(reader, nodes), encoder.pin()])
-    place = cache / f"scene-{hashlib.sha256(known.encode()).hexdigest()[:40]}"
+    place = folder / f"scene-{hashlib.sha256(known.encode()).hexdigest()[:40]}"
     if place.exists():
         scene = msgspec.json.decode(place.read_bytes(), type=Scene)
     else:
-        picture = cv2.cvtColor(cv2.imread(str(page)), cv2.COLOR_BGR2RGB)
-        scene = see(picture, reader, FolderMemo(cache / "memo"), nodes).scene
+        scene = see(picture(page.parent, page.stem), reader, FolderMemo(folder / "memo"), nodes).scene
         place.write_bytes(msgspec.json.encode(scene))
     texts = row_texts(scene)
     digest = hashlib.sha256(json.dumps([encoder.pin(), texts]).encode()).hexdigest()[:40]
-    kept = cache / f"vectors-{digest}.npy"
+    kept = folder / f"vectors-{digest}.npy"
     if not kept.exists():
         np.save(kept, encoder.encode(texts))
     return FrameScene(page.stem, scene, np.load(kept))
@@ -136,6 +151,16 @@ def judged(goal: dict[str, Any], found: dict[str, Any]) -> bool:
     return found["found"] and hits(goal, found["frame"], found["bbox"])
 
 
+def shown(source: Pages, match: Match) -> Box:
+    """The box that would be answered for a match."""
+    rows = source.rows(match.frame)
+    cells = grid_of(rows.frames[0].scene).cells(match.box.grown(OCR_HALO_PX))
+    keys = [TileKey("screen", match.frame, 0, y, x) for y, x in cells]
+    blank = QueryPlan("", "", "", match.frame, (), (), ((match.frame, match.box),), ACCEPT_CONFIDENCE, 1)
+    state = fuse(blank, {key: source.tile(key) for key in keys}, source, rows=rows)
+    return box_shown(state, match)
+
+
 def example(goal: dict[str, Any], source: Pages, encoder: MiniLmEncoder) -> Example | None:
     """What the model learns from: the best match of a goal, unless it is tied (a tie abstains whatever p is)."""
     asked, rows = parse(goal["goal"]), source.rows(goal["frame"])
@@ -143,7 +168,7 @@ def example(goal: dict[str, Any], source: Pages, encoder: MiniLmEncoder) -> Exam
     if not matches or (len(matches) > 1 and matches[0].evidence - matches[1].evidence < TIE_MARGIN):
         return None
     best = matches[0]
-    right = goal["class"] in ("text", "field") and hits(goal, best.frame, list(best.box))
+    right = goal["class"] in ("text", "field") and hits(goal, best.frame, list(shown(source, best)))
     # A goal that names no page and means none is put with the page that answered it.
     return Example(features_of(asked, best, matches[1:]), right, goal["screen"] or best.frame, goal["class"])
 
@@ -165,6 +190,20 @@ def fit(values: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArra
     return found, float(weights[-1] - found @ mean)
 
 
+def signed(values: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """`fit` without the features whose weight would have the wrong sign: chance makes such on few pages."""
+    use = np.ones(values.shape[1], dtype=bool)
+    while True:
+        found, bias = fit(values[:, use], right)
+        wrong = found * SIGNS[use] < 0
+        if not wrong.any():
+            weights = np.zeros(values.shape[1])
+            weights[use] = found
+            return weights, bias
+        # The worst alone: dropping it may set others right.
+        use[np.flatnonzero(use)[np.argmax(np.abs(found) * wrong)]] = False
+
+
 def held_out(examples: Sequence[Example]) -> list[float]:
     """Probability of each example from a fit on the other folds; a page is whole in one fold."""
     values = np.array([one.features for one in examples])
@@ -173,7 +212,7 @@ def held_out(examples: Sequence[Example]) -> list[float]:
     out = np.zeros(len(examples))
     for number in range(FOLDS):
         test = fold == number
-        weights, bias = fit(values[~test], right[~test])
+        weights, bias = signed(values[~test], right[~test])
         out[test] = 1 / (1 + np.exp(-np.clip(values[test] @ weights + bias, -30, 30)))
     return [float(p) for p in out]
 
@@ -221,7 +260,8 @@ def report(arm: str, goals: Sequence[dict[str, Any]], given: Sequence[Answer], *
 
 def model_of(examples: Sequence[Example], probabilities: Sequence[float], goals: int, pages: int) -> Calibrator:
     """The model fitted on everything, with the figures of the pages left out."""
-    weights, bias = fit(np.array([one.features for one in examples]), np.array([float(one.right) for one in examples]))
+    right = np.array([float(one.right) for one in examples])
+    weights, bias = signed(np.array([one.features for one in examples]), right)
     pairs = [(p, one.right) for one, p in zip(examples, probabilities, strict=True)]
     return Calibrator(
         version=1,
@@ -251,7 +291,7 @@ def main() -> None:
     reader, encoder = RapidTextReader(), MiniLmEncoder()
     sources: dict[str, Pages] = {}
     for arm, tree in (("pixels", False), ("tree", True)):
-        sources[arm] = Pages([seen(page, args.cache, reader, encoder, tree=tree) for page in pictures])
+        sources[arm] = Pages(args.pages, [seen(page, args.cache, reader, encoder, tree=tree) for page in pictures])
     examples = [one for source in sources.values() for goal in goals if (one := example(goal, source, encoder))]
     probabilities = held_out(examples)
     model = model_of(examples, probabilities, len(goals), len(pictures))

@@ -5,10 +5,11 @@ picture ─ tiles (512²) ─ blobs in a pack ─┐
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from him.catalog.changes import FrameChange
@@ -35,6 +36,9 @@ from him.types import (
 Array = NDArray[np.generic]
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what)."""
+
+
+_EMBED_KIND: Final = "embed"
 
 
 class IngestReport(msgspec.Struct, frozen=True):
@@ -107,38 +111,31 @@ class Ingest:
         """
         began = self._clock.monotonic_ns()
         checked_name(frame, what="frame")
-        snapshot = self._history.writable(target)
-        origin, epoch, before = snapshot_bytes(snapshot.snapshot_id), self._store.epoch, self._store.written_bytes
-        spec = STREAMS["screen"]
-        put = self._put_tiles(pixels, spec, origin)
+        tiles = {(row, column): codec.encode_array(part) for row, column, part in _parts(pixels, STREAMS["screen"])}
+        known = self._known(target, frame, tiles, tree)
+        if known is not None:
+            snapshot, elements = known
+            ms = (self._clock.monotonic_ns() - began) / 1e6
+            return IngestReport(snapshot, "screen", frame, 0, len(tiles), 0, elements, ms)
         seen = see(pixels, self._reader, self._memo, tree, progress)
-        tiles = tuple((row, column, blob.hex()) for (row, column), blob in sorted(put.cells.items()))
-        scene = msgspec.structs.replace(seen.scene, tiles=tiles)
+        opened = self._history.writable(target)
+        origin, epoch, before = snapshot_bytes(opened.snapshot_id), self._store.epoch, self._store.written_bytes
+        written = sum(self._store.put_tile(tile, origin) for tile in tiles.values())
+        scene = msgspec.structs.replace(
+            seen.scene, tiles=tuple((row, column, tile.blob_id.hex()) for (row, column), tile in sorted(tiles.items()))
+        )
         changes = [
-            FrameChange(_frame(spec, frame, pixels), put.cells, replace=True),
+            FrameChange(
+                _frame(STREAMS["screen"], frame, pixels), {at: tile.blob_id for at, tile in tiles.items()}, replace=True
+            ),
             *self._scene_changes(frame, scene, origin),
         ]
-        after = self._history.commit(snapshot.snapshot_id, changes, epoch=epoch)
+        after = self._history.commit(opened.snapshot_id, changes, epoch=epoch)
         return IngestReport(
-            after.snapshot_id, "screen", frame, put.written, len(put.cells) - put.written,
+            after.snapshot_id, "screen", frame, written, len(tiles) - written,
             self._store.written_bytes - before, len(scene.nodes), (self._clock.monotonic_ns() - began) / 1e6,
             seen.counts.tiles_detected, seen.counts.crops_recognised,
         )  # fmt: skip
-
-    def unchanged(self, target: str, frame: str, pixels: NDArray[np.uint8], tree: Sequence[TreeNode] | None) -> bool:
-        """Whether the frame already holds this picture, read by the present models and rules: nothing is left to do."""
-        try:
-            reader = SnapshotReader(self._store, self._memo, self._history.snapshot(target).directory)
-            stored = msgspec.json.decode(reader.document("scene", frame), type=Scene)
-        except NotFoundError:
-            return False
-        if stored.pins != pins(self._reader, tree):
-            return False
-        ours = tuple(
-            (row, column, codec.encode_array(part).blob_id.hex())
-            for row, column, part in _parts(pixels, STREAMS["screen"])
-        )
-        return stored.tiles == ours
 
     def array(
         self, target: str, stream: str, frame: str, values: Array, *, progress: Progress | None = None
@@ -213,11 +210,43 @@ class Ingest:
 
     # -- inner
 
+    def _known(
+        self,
+        target: str,
+        frame: str,
+        tiles: Mapping[tuple[int, int], codec.EncodedTile],
+        tree: Sequence[TreeNode] | None,
+    ) -> tuple[str, int] | None:
+        """(snapshot id, elements) when the frame holds this picture already, read by the present models and rules."""
+        try:
+            found = self._history.snapshot(target)
+            reader = SnapshotReader(self._store, self._memo, found.directory)
+            stored = msgspec.json.decode(reader.document("scene", frame), type=Scene)
+            encoder = dict(reader.frame("emb", frame).attributes)["encoder"] if stored.nodes else self._encoder.pin()
+        except NotFoundError:
+            return None
+        ours = tuple((row, column, tile.blob_id.hex()) for (row, column), tile in sorted(tiles.items()))
+        same = stored.tiles == ours and stored.pins == pins(self._reader, tree) and encoder == self._encoder.pin()
+        return (found.snapshot_id, len(stored.nodes)) if same else None
+
+    def _vectors(self, texts: Sequence[str]) -> NDArray[np.int8]:
+        """(n, dims) int8 vectors; a text embedded before under this pin is remembered."""
+        pin = self._encoder.pin().encode()
+        keys = [blake3(pin + text.encode()).digest() for text in texts]
+        vectors = {key: kept for key in keys if (kept := self._memo.get(_EMBED_KIND, key)) is not None}
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in vectors}
+        if missing:
+            made = self._encoder.encode(list(missing.values()))
+            fresh = {key: vector.tobytes() for key, vector in zip(missing, made, strict=True)}
+            self._memo.put(_EMBED_KIND, fresh.items())
+            vectors |= fresh
+        return np.frombuffer(b"".join(vectors[key] for key in keys), dtype=np.int8).reshape(len(texts), -1)
+
     def _scene_changes(self, frame: str, scene: Scene, origin: bytes) -> Iterator[FrameChange]:
         document = codec.encode_bytes(bytes_of(scene))
         self._store.put_tile(document, origin)
         yield FrameChange(_cell_frame(STREAMS["scene"], frame, 0, 0, b""), {(0, 0): document.blob_id}, replace=True)
-        vectors = self._encoder.encode(row_texts(scene)) if scene.nodes else np.zeros((1, 1), dtype=np.int8)
+        vectors = self._vectors(row_texts(scene)) if scene.nodes else np.zeros((1, 1), dtype=np.int8)
         put = self._put_tiles(vectors, STREAMS["emb"], origin) if scene.nodes else _Put({}, 0)
         shape = msgspec.structs.replace(
             _frame(STREAMS["emb"], frame, vectors), attributes=(("encoder", self._encoder.pin()),)

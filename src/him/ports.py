@@ -104,6 +104,10 @@ class CommitLog(Protocol):
         """(seq, hash, body) of every published record after `since`, in order. Raises IntegrityError."""
         ...
 
+    def hash_at(self, seq: int) -> bytes:
+        """Hash of a published record; 32 zero bytes for 0. Raises IntegrityError."""
+        ...
+
     def commit(self, build: Callable[[], bytes | None]) -> int:
         """Append the record `build` returns, and return its seq (the head's when `build` returns None).
 

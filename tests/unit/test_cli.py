@@ -433,6 +433,45 @@ def test_where_the_repository_comes_from(repo: Path, tmp_path: Path) -> None:
     assert place.option_value(["query", "--", "--repo", "a"], "--repo") is None
 
 
+# -- the demonstration
+
+
+def test_demo_on_a_picture_of_ones_own(cli: Him, tmp_path: Path) -> None:
+    picture(tmp_path / "mine.png")
+    ran = cli("demo", "mine.png", "--goal", "find button 'Save'", "--out", "shown", "--json")
+    row = ran.row()
+    assert (ran.code, row["agrees"]) == (0, True), ran.err
+    assert list(row) == ["out", "agrees", "ingested", "asked", "change", "replay", "times_ms"]
+    shape(row["ingested"], [INGEST])
+    shape({key: value for key, value in row["asked"][0].items() if key not in ("goal", "right")}, ANSWER)
+    assert (tmp_path / "shown" / "mine.found.png").is_file()
+    again = cli("demo", "mine.png", "--goal", "find button 'Save'", "--out", "shown")
+    assert again.code == 0
+    assert "everything is left in" in again.out
+
+
+@pytest.mark.slow
+def test_demo_agrees_with_the_saved_boxes(tmp_path: Path) -> None:
+    ran = process("demo", "--out", tmp_path / "demo", "--json")
+    row = ran.row()
+    wrong = [one["goal"] for one in row["asked"] if one["right"] is not True]
+    assert (wrong, row["change"]["right"], row["replay"]["identical"]) == ([], True, True)
+    assert row["change"]["tiles_stored"] == row["change"]["tiles_differing"] < row["change"]["tiles_of_frame"]
+    assert len({one["frame"] for one in row["asked"]}) >= 6
+    assert (ran.code, row["agrees"]) == (0, True)
+
+
+def test_doctor_json(cli: Him, repo: Path, tmp_path: Path) -> None:
+    rows = cli("doctor", "--repo", repo, "--json").rows()
+    for row in rows:
+        shape(row, {"check": str, "ok": bool, "detail": str, "fix": str})
+    names = [row["check"] for row in rows]
+    assert {"parts", "repository", "daemon"} <= set(names)
+    assert len(set(names)) == len(names)
+    assert "repository" in cli("doctor").out
+    assert cli("doctor", "--repo", tmp_path / "nowhere").code == 1
+
+
 # -- mistakes
 
 GOOD = ("--snapshot", "main", "--repo", "memory")
@@ -567,7 +606,7 @@ def test_names_cannot_steer_the_terminal(cli: Him, repo: Path) -> None:
 
 def process(*words: str | Path, cwd: Path | None = None, **environ: str) -> Ran:
     done = subprocess.run(
-        [*HIM, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120, env={**os.environ, **environ}
+        [*HIM, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300, env={**os.environ, **environ}
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 

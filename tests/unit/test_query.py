@@ -15,9 +15,10 @@ from him.errors import IntegrityError, LimitError, NotFoundError, UsageError
 from him.index import FrameScene, SnapshotRows, row_texts
 from him.query import Answer, answer, fetch, fuse, locate, parse, plan
 from him.query.calibrate import decoded, shipped
+from him.query.likeness import EXACT, similarity
 from him.query.plan import Cell, Grid, coarse_cells, tiles_to_read
 from him.query.run import P95_MS
-from him.query.score import EXACT, role_fit, similarity
+from him.query.score import role_fit
 from him.types import BlobId, Box, Edge, Entry, Node, Scene, TileKey
 
 BLOB = b"\xaa" * 32
@@ -649,3 +650,60 @@ def test_a_calibrator_for_other_features_is_refused() -> None:
             b'{"version":1,"features":["x"],"weights":[1.0],"bias":0.0,"n":0,"split":"","ece":null,'
             b'"ece_interval":null,"provenance":""}'
         )
+
+
+# What pixels and trees leave open
+
+
+def test_a_part_of_a_line_is_answered_with_its_own_box() -> None:
+    line = frame_of("f", [("text", "Already a customer? Sign in", (100, 100, 270, 20))], source="ocr")
+    got = ask("find 'Sign in'", [line])
+    assert got.candidates[0].bbox == Box(300, 100, 70, 20)
+
+
+def test_a_label_and_its_checkbox_are_one_place_and_the_box_is_the_checkbox() -> None:
+    seen = frame_of(
+        "f",
+        [("radio", "", (100, 100, 16, 16)), ("text", "Send news", (124, 98, 90, 20))],
+        [Edge("n1", "n0", "labels")],
+        source="ocr",
+    )
+    assert ask("find checkbox 'Send news'", [seen]).candidates[0].bbox == Box(100, 100, 16, 16)
+    assert ask("find 'Send news'", [seen]).candidates[0].bbox == Box(124, 98, 90, 20)
+
+
+def test_a_field_without_a_label_edge_is_found_beside_its_text() -> None:
+    seen = frame_of("f", [("text", "Message", (100, 200, 70, 16)), ("textbox", "", (300, 190, 300, 110))], source="ocr")
+    assert ask("find the 'Message' field", [seen]).candidates[0].bbox == Box(300, 190, 300, 110)
+
+
+def test_a_text_in_a_link_counts_as_the_link() -> None:
+    nested = frame_of(
+        "f",
+        [("link", "", (10, 100, 200, 36)), ("text", "Charts", (60, 108, 42, 16)), ("text", "Charts", (600, 8, 42, 16))],
+        [Edge("n0", "n1", "contains")],
+    )
+    assert ask("find link 'Charts'", [nested]).candidates[0].bbox == Box(60, 108, 42, 16)
+
+
+def test_of_a_wide_heading_the_letters_are_answered() -> None:
+    class Inked(Source):
+        def tile(self, key: TileKey) -> NDArray[np.uint8]:
+            values = np.full((512, 512, 3), 250, dtype=np.uint8)
+            values[100:120, 60:140] = 20
+            return values
+
+    wide = frame_of("f", [("heading", "Shipping", (50, 90, 440, 40))])
+    assert ask("find heading 'Shipping'", Inked([wide])).as_json()["bbox"] == [60, 100, 80, 20]
+    assert ask("find heading 'Shipping'", Source([wide])).as_json()["bbox"] == [50, 90, 440, 40]
+
+
+def test_another_word_is_no_misreading() -> None:
+    assert similarity("Close account", "Create account") <= 600
+    assert similarity("Delete account", "Delete acount") > 900
+    assert similarity("3 h", "3h") >= EXACT
+
+
+def test_what_a_tree_does_not_have_is_no_control() -> None:
+    assert role_fit("field", "text", "ocr", with_tree=True) == -1
+    assert role_fit("field", "text", "ocr") == 0

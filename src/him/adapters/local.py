@@ -79,6 +79,10 @@ class LocalFile:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return False
+        except OSError as error:
+            if wait:
+                raise _refused(error, self._path) from error
+            return False
         return True
 
     def unlock(self) -> None:
@@ -137,7 +141,10 @@ class LocalDisk:
 
     def remove(self, path: str) -> None:
         """Unlink if present."""
-        (self._root / path).unlink(missing_ok=True)
+        try:
+            (self._root / path).unlink(missing_ok=True)
+        except OSError as error:
+            raise _refused(error, path) from error
 
     def sync_folder(self, folder: str) -> None:
         """Fsync the folder itself."""

@@ -147,7 +147,7 @@ def _load_tokenizer(data: bytes) -> _Tokenizer:
     except ImportError as error:
         raise MissingPartError("tokenizers is not installed", fix="pip install tokenizers") from error
     tokenizer = cast(_Tokenizer, library.Tokenizer.from_str(data.decode()))
-    # The file asks for padding to 128 tokens: ten times the work for the same bits (parts.md).
+    # The file asks for padding to 128 tokens: ten times the work for the same bits.
     tokenizer.no_padding()
     tokenizer.enable_truncation(TOKENS_MAX)
     return tokenizer

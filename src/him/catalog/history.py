@@ -4,6 +4,7 @@
 directory under the log's lock (so nobody retries), and makes pages durable before the record that names them.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -12,7 +13,7 @@ import msgspec
 from him.catalog import changes as changing
 from him.catalog.changes import FrameChange
 from him.config import STREAMS
-from him.errors import BusyError, ConflictError, IntegrityError, NotFoundError, SealedError, UsageError
+from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, SealedError, UsageError
 from him.ports import Clock, CommitLog, Memo, Projection, Rng
 from him.pyramid import directory, levels
 from him.tier.warm import WarmStore
@@ -22,6 +23,7 @@ from him.types import (
     Batch,
     CommitRecord,
     Operation,
+    PackRange,
     Parent,
     RefSet,
     Sealed,
@@ -70,7 +72,7 @@ class History:
         head = self._log.head()
         if (seq, digest) == head:
             return
-        if seq > head[0] or (seq == head[0] and digest != head[1]):
+        if seq > head[0] or self._log.hash_at(seq) != digest:
             self._projection.clear()
             seq = 0
         self._projection.apply(self._decoded(seq))
@@ -159,6 +161,7 @@ class History:
         Raises:
             SealedError: an id (or a tag) names a sealed snapshot.
         """
+        self._prepare()
         self.refresh()
         named = self._projection.refs().get(name)
         if named is None and not name.startswith(SNAPSHOT_PREFIX):
@@ -198,6 +201,7 @@ class History:
 
     def seal(self, name: str) -> Snapshot:
         """End writing to a snapshot: its levels are computed, its Lamport time is set. Sealing twice is no change."""
+        self._prepare()
         found = self.snapshot(name)
         while not found.sealed:
             root = levels.levels_root(self._store, self._memo, found.directory)
@@ -327,26 +331,46 @@ class History:
 
     def _commit(self, build: Callable[[], bytes | None]) -> None:
         """Run `build` under the log's lock; what it (or its batch) appended is durable before its record."""
+        closed = False
+
+        def durable() -> bytes | None:
+            nonlocal closed
+            body = build()
+            if body is None:
+                return None
+            added = self._store.close_range()
+            closed = added is not None
+            return body if added is None else _with_range(body, added)
+
         try:
-            self._log.commit(lambda: self._with_range(build()))
-        except Exception:
-            self._store.abandon()
+            self._log.commit(durable)
+        except BaseException:
+            if closed:
+                # The range's blobs were taken for stored, but no record will ever name them.
+                self._store.abandon()
             raise
         self.refresh()
         self._store.committed()
+        with contextlib.suppress(HimError):
+            # The batch is durable, whatever becomes of this: a pack without a footer is whole too.
+            self._finish_pack()
+
+    def _finish_pack(self) -> None:
         finished = self._store.finish_if_large()
         if finished is not None:
             self._log.commit(lambda: self._encoded([finished]))
             self.refresh()
 
-    def _with_range(self, body: bytes | None) -> bytes | None:
-        if body is None:
-            return None
-        closed = self._store.close_range()
-        if closed is None:
-            return body
-        record = _decode(body)
-        return msgspec.msgpack.encode(CommitRecord(record.time_ns, record.writer, (closed, *record.operations)))
+    def _prepare(self) -> None:
+        """Before the first blob of a batch: take up a pack under the log's lock, where nobody can commit to it."""
+        if self._store.writing:
+            return
+
+        def build() -> None:
+            self.refresh()
+            self._store.continue_pack()
+
+        self._log.commit(build)
 
     def _encoded(self, operations: Sequence[Operation]) -> bytes:
         return msgspec.msgpack.encode(CommitRecord(self._clock.now_ns(), self._writer, tuple(operations)))
@@ -355,8 +379,13 @@ class History:
         for seq, digest, body in self._log.read(since):
             try:
                 yield seq, digest, _decode(body)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise IntegrityError(f"a commit record does not parse: {error}", object=f"record {seq}") from error
+
+
+def _with_range(body: bytes, added: PackRange) -> bytes:
+    record = _decode(body)
+    return msgspec.msgpack.encode(CommitRecord(record.time_ns, record.writer, (added, *record.operations)))
 
 
 def _decode(body: bytes) -> CommitRecord:

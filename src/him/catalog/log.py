@@ -5,17 +5,19 @@ last writer's unfinished business: the next holder of the lock publishes whole r
 broken record with a whole one behind it is rot, not a torn tail, and is reported.
 
 Record: magic `HLOG`, body length u32, sequence number u64, hash of the record before (32), body, digest of all
-that (32), which is the record's hash.
+that (32), which is the record's hash, and the record's whole length u32, by which a reader walks back from the end.
 """
 
+import contextlib
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from blake3 import blake3
 
 from him.config import LOG_RECORD_BYTES_MAX
-from him.errors import IntegrityError, LimitError, NotFoundError
+from him.errors import IntegrityError, LimitError, NotFoundError, StorageError
 from him.ports import Disk, File
 
 LOG_PATH: Final = "log/000001.log"
@@ -23,6 +25,8 @@ END_PATH: Final = "log/end"
 _MAGIC: Final = b"HLOG"
 _HEAD: Final = struct.Struct("<4sIQ32s")
 _DIGEST: Final = 32
+_SIZE: Final = 4
+_TRIES: Final = 5
 _END: Final = struct.Struct("<QQ32s")
 _START: Final = (0, 0, bytes(32))
 
@@ -38,7 +42,10 @@ class FileLog:
         except NotFoundError as error:
             raise IntegrityError("the commit log is missing", place=LOG_PATH) from error
         self._end = disk.open(END_PATH, create=not read_only)
-        self._known = [_START]
+        self._last = _START
+        self._undone: int | None = None
+        # The file's lock holds between processes; threads of one share its descriptor.
+        self._threads = threading.Lock()
         self._recover()
 
     @staticmethod
@@ -64,21 +71,30 @@ class FileLog:
         last, end, _ = self._published()
         if since >= last:
             return
-        seq, offset, before = max((known for known in self._known if known[0] <= since), default=_START)
+        seq, offset = since, self._end_of(since)
+        before = self._file.read_at(offset - _SIZE - _DIGEST, _DIGEST) if seq else bytes(_DIGEST)
         while seq < last:
             record = _parse(self._file, offset, seq + 1, before)
             if record is None or record[2] > end:
-                raise IntegrityError(
-                    "the commit log is damaged", object=f"record {seq + 1}", place=f"{LOG_PATH} @ {offset}"
-                )
+                raise _damaged(seq + 1, offset)
             body, before, offset = record
             seq += 1
-            if seq > since:
-                yield seq, before, body
-        self._known = [_START, (seq, offset, before)]
+            yield seq, before, body
+
+    def hash_at(self, seq: int) -> bytes:
+        """Hash of a published record; zeros for 0. Raises IntegrityError."""
+        return self._file.read_at(self._end_of(seq) - _SIZE - _DIGEST, _DIGEST) if seq else bytes(_DIGEST)
 
     def commit(self, build: Callable[[], bytes | None]) -> int:
-        """Append under the lock: durable first, then published."""
+        """Append under the lock: durable first, then published.
+
+        Raises:
+            StorageError: the disk refused; the record will not be found, unless undoing it was refused too.
+        """
+        with self._threads:
+            return self._commit(build)
+
+    def _commit(self, build: Callable[[], bytes | None]) -> int:
         self._file.lock(wait=True)
         try:
             self._finish_tail()
@@ -91,13 +107,16 @@ class FileLog:
             head = _HEAD.pack(_MAGIC, len(body), seq + 1, before) + body
             digest = blake3(head).digest()
             try:
-                self._file.write_at(offset, head + digest)
+                size = len(head) + _DIGEST + _SIZE
+                self._file.write_at(offset, head + digest + size.to_bytes(_SIZE, "little"))
                 self._file.sync()
-            except Exception:
+            except BaseException:
                 # Nothing of a failed commit may be found by the next holder.
+                self._undone = offset
                 self._file.truncate(offset)
+                self._undone = None
                 raise
-            self._publish((seq + 1, offset + len(head) + _DIGEST, digest))
+            self._publish((seq + 1, offset + size, digest))
             return seq + 1
         finally:
             self._file.unlock()
@@ -108,39 +127,84 @@ class FileLog:
         self._end.close()
 
     def _recover(self) -> None:
-        """At opening, when no writer is alive: publish or cut what the last one left."""
-        if not self._read_only and self._file.lock(wait=False):
+        """At opening, when no writer is alive: publish or cut what the last one left (or look behind the end)."""
+        if self._file.lock(wait=False):
             try:
-                self._finish_tail()
+                if self._read_only:
+                    self._last = self._whole(self._published())
+                else:
+                    self._finish_tail()
             finally:
                 self._file.unlock()
 
-    def _finish_tail(self) -> None:
-        seq, offset, before = start = self._published()
-        size = self._file.size()
-        while offset < size and (record := _parse(self._file, offset, seq + 1, before)) is not None:
+    def _whole(self, start: tuple[int, int, bytes]) -> tuple[int, int, bytes]:
+        """The end of the last whole record from `start` on."""
+        seq, offset, before = start
+        while (record := _parse(self._file, offset, seq + 1, before)) is not None:
             _, before, offset = record
             seq += 1
+        return seq, offset, before
+
+    def _finish_tail(self) -> None:
+        start = self._published()
+        if self._undone == start[1]:
+            # The record of our failed commit could not be cut then; nobody took it for whole since.
+            self._file.truncate(start[1])
+        self._undone = None
+        seq, offset, before = self._whole(start)
+        size = self._file.size()
         if offset < size:
             if _has_whole_record(self._file, offset + 1, size, seq + 1):
-                raise IntegrityError(
-                    "the commit log is damaged", object=f"record {seq + 1}", place=f"{LOG_PATH} @ {offset}"
-                )
+                raise _damaged(seq + 1, offset)
             self._file.truncate(offset)
-        if (seq, offset, before) != start:
+        if (seq, offset, before) != self._written_end():
             self._file.sync()
             self._publish((seq, offset, before))
 
+    def _end_of(self, seq: int) -> int:
+        """Where record `seq` ends, by walking back from the published end.
+
+        Raises:
+            IntegrityError: a length on the way is damaged.
+        """
+        last, offset, _ = self._published()
+        if seq == 0:
+            return 0
+        for number in range(last, seq, -1):
+            size = int.from_bytes(self._file.read_at(offset - _SIZE, _SIZE), "little")
+            if not _HEAD.size + _DIGEST + _SIZE <= size <= offset:
+                raise _damaged(number, offset)
+            offset -= size
+        return offset
+
     def _published(self) -> tuple[int, int, bytes]:
-        """(seq, end offset, hash); the start when the end file is unreadable, whence all is scanned again."""
-        data = self._end.read_at(0, _END.size + _DIGEST)
-        if len(data) == _END.size + _DIGEST and blake3(data[: _END.size]).digest() == data[_END.size :]:
-            return _END.unpack(data[: _END.size])
-        return _START
+        """(seq, end offset, hash). An end file that does not verify is damaged: the last whole record is the end."""
+        found = self._written_end()
+        if found is None:
+            found = self._whole(self._last)
+        # This process may know of a record whose end could not be written.
+        self._last = max(self._last, found)
+        return self._last
+
+    def _written_end(self) -> tuple[int, int, bytes] | None:
+        """What the end file says; None when it is damaged."""
+        for _ in range(_TRIES):
+            # A reader may see half of what a writer is just publishing; the next look sees it whole.
+            data = self._end.read_at(0, _END.size + _DIGEST)
+            if not data:
+                return _START
+            if blake3(data[: _END.size]).digest() == data[_END.size :]:
+                return _END.unpack(data[: _END.size])
+        return None
 
     def _publish(self, end: tuple[int, int, bytes]) -> None:
+        """Let others see what is durable. That it is durable has decided its fate: a refusal here changes nothing,
+        the next holder of the lock publishes it.
+        """
+        self._last = end
         data = _END.pack(*end)
-        self._end.write_at(0, data + blake3(data).digest())
+        with contextlib.suppress(StorageError):
+            self._end.write_at(0, data + blake3(data).digest())
 
 
 def _parse(file: File, offset: int, seq: int, before: bytes) -> tuple[bytes, bytes, int] | None:
@@ -151,11 +215,16 @@ def _parse(file: File, offset: int, seq: int, before: bytes) -> tuple[bytes, byt
     magic, size, own_seq, own_before = _HEAD.unpack(head)
     if magic != _MAGIC or size > LOG_RECORD_BYTES_MAX or own_seq != seq or own_before != before:
         return None
-    rest = file.read_at(offset + _HEAD.size, size + _DIGEST)
-    body, digest = rest[:size], rest[size:]
-    if len(rest) != size + _DIGEST or blake3(head + body).digest() != digest:
+    rest = file.read_at(offset + _HEAD.size, size + _DIGEST + _SIZE)
+    body, digest, total = rest[:size], rest[size : size + _DIGEST], rest[size + _DIGEST :]
+    whole = _HEAD.size + size + _DIGEST + _SIZE
+    if total != whole.to_bytes(_SIZE, "little") or blake3(head + body).digest() != digest:
         return None
-    return body, digest, offset + _HEAD.size + size + _DIGEST
+    return body, digest, offset + whole
+
+
+def _damaged(seq: int, offset: int) -> IntegrityError:
+    return IntegrityError("the commit log is damaged", object=f"record {seq}", place=f"{LOG_PATH} @ {offset}")
 
 
 def _has_whole_record(file: File, offset: int, end: int, above: int) -> bool:

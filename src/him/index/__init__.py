@@ -4,6 +4,6 @@
 They only propose: the answer is decided in `him.query` from the goal and the visible rows alone (design §8).
 """
 
-from him.index.rows import Content, FrameScene, SnapshotRows, row_text, row_texts
+from him.index.rows import Content, FrameScene, Relations, SnapshotRows, row_text, row_texts
 
-__all__ = ["Content", "FrameScene", "SnapshotRows", "row_text", "row_texts"]
+__all__ = ["Content", "FrameScene", "Relations", "SnapshotRows", "row_text", "row_texts"]

@@ -64,6 +64,27 @@ def row_texts(scene: Scene) -> list[str]:
     return [_joined(node, known.get(node.id, "")) for node in scene.nodes]
 
 
+class Relations:
+    """What one scene's edges say: which node lies in which, and what labels what."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._nodes = {node.id: node for node in scene.nodes}
+        self._parents = {edge.target: edge.source for edge in scene.edges if edge.rel == "contains"}
+        self._labels: dict[str, tuple[str, ...]] = {}
+        for edge in scene.edges:
+            if edge.rel == "labels":
+                self._labels[edge.target] = (*self._labels.get(edge.target, ()), edge.source)
+        self.with_tree: bool = any(node.source in ("tree", "fused") for node in scene.nodes)
+
+    def parent(self, node: str) -> Node | None:
+        """What contains a node, or None."""
+        return self._nodes.get(self._parents.get(node, ""))
+
+    def labels(self, node: str) -> tuple[str, ...]:
+        """Ids of the nodes that label a node."""
+        return self._labels.get(node, ())
+
+
 class SnapshotRows:
     """The visible rows of a snapshot (or of one of its frames) and the places where they occur.
 
@@ -85,6 +106,7 @@ class SnapshotRows:
     def __init__(self, frames: tuple[FrameScene, ...]) -> None:
         """Use `of`: this expects sorted, checked frames."""
         self.frames = frames
+        self._relations: dict[int, Relations] = {}
         keys: dict[tuple[Content, bytes], int] = {}
         row: list[int] = []
         frame: list[int] = []
@@ -146,6 +168,12 @@ class SnapshotRows:
         """(frame name, node) of an occurrence."""
         seen = self.frames[int(self.frame[occurrence])]
         return seen.frame, seen.scene.nodes[int(self.node[occurrence])]
+
+    def relations(self, frame: int) -> Relations:
+        """The edges of a frame (index into `frames`); built on first use."""
+        if frame not in self._relations:
+            self._relations[frame] = Relations(self.frames[frame].scene)
+        return self._relations[frame]
 
     def box(self, occurrence: int) -> Box:
         """Where an occurrence lies, in level-0 pixels of its frame."""

@@ -72,8 +72,11 @@ class PackWriter:
             root = merkle.root(range_roots)
             offset, end = self._index(KIND_FOOTER, rows, root)
             self.file.write_at(end, layout.encode_trailer(offset, end - offset, root))
+            size = end + layout.TRAILER_BYTES
+            # A record that was half written and then overwritten by a shorter one would stick out.
+            self.file.truncate(size)
             self.file.sync()
-            return PackFinished(self.name, end + layout.TRAILER_BYTES, root)
+            return PackFinished(self.name, size, root)
 
     def _index(self, kind: int, rows: list[tuple[bytes, int, int, int]], root: bytes) -> tuple[int, int]:
         payload = layout.encode_rows(rows)
@@ -100,8 +103,11 @@ def read_index(file: File, named: PackRange) -> list[tuple[bytes, int, int, int]
     """
     place = f"{named.pack} @ {named.index_offset}"
     record = read_record(file, named.pack, named.index_offset, named.end - named.index_offset)
-    meta = msgspec.msgpack.decode(record.meta, type=tuple[int, int, bytes])
-    if record.header.kind != KIND_INDEX or meta[0] != named.start or meta[2] != named.merkle_root:
+    try:
+        start, _, merkle_root = msgspec.msgpack.decode(record.meta, type=tuple[int, int, bytes])
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        start, merkle_root = -1, b""
+    if record.header.kind != KIND_INDEX or start != named.start or merkle_root != named.merkle_root:
         raise IntegrityError("the index record is not the one committed", place=place)
     rows = layout.decode_rows(record.stored, place)
     blobs = rows["blob"].tobytes()

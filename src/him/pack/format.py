@@ -116,18 +116,17 @@ def encode_record(
 
 
 def decode_header(data: bytes, place: str) -> RecordHeader:
-    """The fixed header at the start of `data` (its digest is checked in `decode_record`, with the meta).
+    """The fixed header at the start of `data` (digest and version are checked in `decode_record`, with the meta).
 
     Raises:
         IntegrityError: too short, no magic, or sizes beyond all limits.
-        VersionError: a record of a newer format.
     """
     if len(data) < RECORD_HEADER_BYTES or data[:4] != _RECORD_MAGIC:
         raise IntegrityError("no record header here", place=place)
     fields = _RECORD.unpack(data[: _RECORD.size])
     (
         _,
-        version,
+        _,
         kind,
         codec,
         meta,
@@ -148,8 +147,6 @@ def decode_header(data: bytes, place: str) -> RecordHeader:
     ) = fields
     if meta > META_BYTES_MAX or pad > PAYLOAD_ALIGN_BYTES or stored > 2**32:
         raise IntegrityError("record header names impossible sizes", place=place)
-    if version > FORMAT_VERSION:
-        raise VersionError("the record was written by a newer format", place=place)
     own = data[_RECORD.size : RECORD_HEADER_BYTES]
     return RecordHeader(
         kind, codec, meta, pad, stored, raw, BlobId(blob), digest, base, depth, flags, key, nonce, origin, group, own
@@ -160,7 +157,7 @@ def header_verifies(data: bytes) -> bool:
     """Whether `data` begins with a record header whose digest, meta included, holds."""
     try:
         header = decode_header(data, "")
-    except (IntegrityError, VersionError):
+    except IntegrityError:
         return False
     meta = data[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.meta_size]
     return blake3(data[: _RECORD.size] + meta).digest() == header.digest
@@ -174,6 +171,7 @@ def decode_record(data: bytes, place: str, expect: BlobId | None = None) -> Reco
 
     Raises:
         IntegrityError: any byte of header, meta, padding or payload that is not as digested.
+        VersionError: a record of a newer format (its header verifies, so that it is no damage).
     """
     header = decode_header(data, place)
     body = RECORD_HEADER_BYTES + header.meta_size
@@ -182,6 +180,8 @@ def decode_record(data: bytes, place: str, expect: BlobId | None = None) -> Reco
     named = header.blob_id.hex()
     if blake3(data[: _RECORD.size] + meta).digest() != header.digest:
         raise IntegrityError("record header does not match its digest", object=named, place=place)
+    if int.from_bytes(data[4:6], "little") > FORMAT_VERSION:
+        raise VersionError("the record was written by a newer format", object=named, place=place)
     if expect is not None and header.blob_id != expect:
         raise IntegrityError(f"another record lies here ({named[:12]}…)", object=expect.hex(), place=place)
     if len(stored) != header.stored_size or blake3(stored).digest() != header.stored_digest:

@@ -29,8 +29,9 @@ _SPACE_LEAST: Final = 0.2
 _RULE_PX: Final = 4
 _SIDE_PX: Final = 3
 _DIVIDER_PX: Final = 3
-"""A control's side this near to a line's end belongs to the end."""
+"""What a control's side cuts off at a line's end is no text when it is no wider than this."""
 _SEPARATOR: Final = re.compile(r"\s+[/|>]\s+|\s*[›»•·∙⋅|¦]\s*|\s{2,}")
+_LOOSE_MARKS: Final = " |›»•·∙⋅¦"
 _MARK_WIDTH: Final = 0.5
 _WIDE_SPACE: Final = 0.42
 
@@ -155,10 +156,10 @@ def _without_marks(picture: NDArray[np.uint8], box: Box, marks: Sequence[Box]) -
         return [box]
     crop = picture[box.y : box.y + box.h, box.x : box.x + box.w]
     ink, _ = _ink_columns(crop)
-    letters = crop.copy()
+    beside = np.ones(box.w, dtype=bool)
     for mark in inside:
-        letters[:, max(0, mark.x - box.x - 1) : mark.x - box.x + mark.w + 1] = 0
-    least = _ink_height(letters)
+        beside[max(0, mark.x - box.x - 2) : mark.x - box.x + mark.w + 2] = False
+    least = _ink_height(crop[:, beside]) if beside.sum() > _RULE_PX else box.h
     parts: list[Box] = []
     start = 0
     for mark in inside:
@@ -181,7 +182,7 @@ def _cut_at_sides(box: Box, controls: Sequence[Box]) -> list[Box]:
     for control in controls:
         if control.y < middle < control.y + control.h and control.h >= box.h * 2 // 3:
             sides |= {control.x, control.x + control.w}
-    inner = sorted(x for x in sides if box.x + _DIVIDER_PX < x < box.x + box.w - _DIVIDER_PX)
+    inner = sorted(x for x in sides if box.x < x < box.x + box.w)
     edges = [box.x, *inner, box.x + box.w]
     parts = [Box(start, box.y, end - start, box.h) for start, end in pairwise(edges) if end - start > _DIVIDER_PX]
     return parts or [box]
@@ -229,8 +230,10 @@ def _ink_rows(crop: NDArray[np.uint8]) -> tuple[int, int]:
     The outermost columns are left out: a crop cut at a control's side holds that side's line.
     """
     crop = crop[:, _SIDE_PX:-_SIDE_PX] if crop.shape[1] > 4 * _SIDE_PX else crop
-    inked = np.flatnonzero((cv2.absdiff(crop[:, 1:], crop[:, :-1]).max(axis=2) > _INK).any(axis=1))
-    return (int(inked[0]), int(inked[-1]) + 1) if inked.size else (0, crop.shape[0])
+    inked = (cv2.absdiff(crop[:, 1:], crop[:, :-1]).max(axis=2) > _INK).any(axis=1)
+    # The tails of a neighbouring line may reach into the crop: the highest band of ink is the line itself.
+    bands = _words(_runs(inked), max(2, crop.shape[0] // 8))
+    return max(bands, key=lambda band: (band[1] - band[0], -band[0]), default=(0, crop.shape[0]))
 
 
 def _ink_height(crop: NDArray[np.uint8]) -> int:
@@ -240,13 +243,20 @@ def _ink_height(crop: NDArray[np.uint8]) -> int:
 
 
 def tight(picture: NDArray[np.uint8], box: Box) -> Box:
-    """`box` shrunk to the rows its letters stand in, and one pixel above and below.
+    """`box` shrunk to the rows and columns its letters stand in, with one pixel around them.
 
-    The detector's boxes of one font differ by half their height; letters tell the size of a text.
+    The detector's boxes of one font differ by half their height; letters tell size and place of a text.
     """
-    first, end = _ink_rows(picture[box.y : box.y + box.h, box.x : box.x + box.w])
-    first, end = max(0, first - 1), min(box.h, end + 1)
-    return Box(box.x, box.y + first, box.w, end - first)
+    crop = picture[box.y : box.y + box.h, box.x : box.x + box.w]
+    first, end = _ink_rows(crop)
+    ink, _ = _ink_columns(crop)
+    if box.w > 4 * _SIDE_PX:
+        ink[:_SIDE_PX] = ink[-_SIDE_PX:] = False
+    columns = np.flatnonzero(ink)
+    left, right = (int(columns[0]), int(columns[-1]) + 1) if columns.size else (0, box.w)
+    left, first = max(0, left - 1), max(0, first - 1)
+    right, end = min(box.w, right + 1), min(box.h, end + 1)
+    return Box(box.x + left, box.y + first, right - left, end - first)
 
 
 def cut_at_separators(picture: NDArray[np.uint8], box: Box, text: str) -> list[tuple[Box, str]]:
@@ -268,45 +278,45 @@ def cut_at_separators(picture: NDArray[np.uint8], box: Box, text: str) -> list[t
     ink, _ = _ink_columns(crop)
     runs = _words(_runs(ink), max(2, box.h // 8))
     cuts = _places(runs, [((m.start() + m.end()) / 2 / len(text), bool(m.group().strip())) for m in marks], box)
-    if cuts is None:
-        return [(box, text)]
     # A slash between plain spaces is part of a text ("Win 95 / OSX"); between wide ones it parts the items of a path.
     wide = _WIDE_SPACE * _ink_height(crop)
     chosen = [
         (mark, cut)
         for mark, cut in zip(marks, cuts, strict=True)
-        if mark.group().strip() not in ("/", ">") or _room(runs, cut) >= wide
+        if cut is not None and (mark.group().strip() not in ("/", ">") or _room(runs, cut) >= wide)
     ]
     if not chosen:
         return [(box, text)]
-    marks, cuts = [mark for mark, _ in chosen], [cut for _, cut in chosen]
-    starts = [0, *(m.end() for m in marks)]
-    ends = [*(m.start() for m in marks), len(text)]
-    lefts = [0, *(right for _, right in cuts)]
-    rights = [*(left for left, _ in cuts), box.w]
+    starts = [0, *(mark.end() for mark, _ in chosen)]
+    ends = [*(mark.start() for mark, _ in chosen), len(text)]
+    lefts = [0, *(right for _, (_, right) in chosen)]
+    rights = [*(left for _, (left, _) in chosen), box.w]
     return [
-        (Box(box.x + left, box.y, right - left, box.h), text[start:end])
+        (Box(box.x + left, box.y, right - left, box.h), item)
         for start, end, left, right in zip(starts, ends, lefts, rights, strict=True)
-        if text[start:end] and right > left
+        if (item := text[start:end].strip(_LOOSE_MARKS)) and right > left
     ]
 
 
-def _places(runs: list[tuple[int, int]], wanted: list[tuple[float, bool]], box: Box) -> list[tuple[int, int]] | None:
-    """[left, right) columns of each separator: the narrow word, or the blank, nearest to where the text has it."""
-    if len(runs) < 2:
-        return None
-    first, last = runs[0][0], runs[-1][1]
-    found: list[tuple[int, int]] = []
+def _places(runs: list[tuple[int, int]], wanted: list[tuple[float, bool]], box: Box) -> list[tuple[int, int] | None]:
+    """[left, right) columns of each separator: the narrow word, or the blank, nearest to where the text has it.
+
+    None for a separator that the pixels do not show there.
+    """
+    first, last = (runs[0][0], runs[-1][1]) if runs else (0, 0)
+    blanks = [(left[1], right[0]) for left, right in pairwise(runs)]
+    narrow = [run for run in runs[1:-1] if run[1] - run[0] <= _MARK_WIDTH * box.h]
+    found: list[tuple[int, int] | None] = []
+    floor = first
     for part, is_mark in wanted:
         at = first + part * (last - first)
-        blanks = [(left[1], right[0]) for left, right in pairwise(runs)]
-        narrow = [run for run in runs[1:-1] if run[1] - run[0] <= _MARK_WIDTH * box.h]
         options = narrow if is_mark else blanks
         near = min(options, key=lambda span: (abs(span[0] + span[1] - 2 * at), span), default=None)
-        floor = found[-1][1] if found else first
         if near is None or abs((near[0] + near[1]) / 2 - at) > 2 * box.h or near[0] <= floor:
-            return None
-        found.append(near)
+            found.append(None)
+        else:
+            found.append(near)
+            floor = near[1]
     return found
 
 

@@ -57,7 +57,7 @@ def _labels(parts: Sequence[Part]) -> list[tuple[int, int]]:
     for index, part in enumerate(parts):
         if part.type not in _FIELDS and part.type not in _MARKS:
             continue
-        cost_of = _field_cost if part.type in _FIELDS else _mark_cost
+        cost_of = _field_cost if part.type in _FIELDS else mark_cost
         near = [texts[row] for row in rows.near(part.box.grown(max(_ABOVE_PX, part.box.h)))]
         costs = [(cost, text) for text in near if (cost := cost_of(parts[text].box, part.box)) is not None]
         if costs:
@@ -80,7 +80,7 @@ def _field_cost(label: Box, field: Box) -> int | None:
     return None
 
 
-def _mark_cost(label: Box, mark: Box) -> int | None:
+def mark_cost(label: Box, mark: Box) -> int | None:
     """How far a text right of a checkbox or radio is, or None when it is not in place."""
     right = label.x - mark.x - mark.w
     apart = abs(2 * label.y + label.h - 2 * mark.y - mark.h) // 2

@@ -8,11 +8,9 @@ from typing import Final
 
 from him.perception.fuse import fused
 from him.perception.parts import Part, line_height, median_height, overlap_part, reading_order
-from him.perception.relate import related
+from him.perception.relate import mark_cost, related
 from him.types import Box, Node, Scene, TextLine, TreeNode, WidgetBox
 
-RULES: Final = "scene/1"
-"""Named in a scene's pins; raise it when a rule of this room changes."""
 SCENE_VERSION: Final = 1
 
 _PREFIXES: Final = {
@@ -49,6 +47,8 @@ _TALL_PX: Final = 74
 """A bordered rectangle higher than this that is no field is a panel."""
 _FIELD_HEIGHT: Final = 3.4
 _FIELD_CHARS_MAX: Final = 48
+_CARET_SIDE: Final = 0.6
+"""A caret is at most this part of a line in size; an envelope or a lens is larger."""
 _CARET_LEFT_PX: Final = 9
 _WIDE_FROM: Final = 0x2E80
 """The first code point of the East Asian scripts."""
@@ -131,8 +131,7 @@ def _from_pixels(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> lis
             used += inside
     least = _HEADING_RATIO * usual
     parts += [_text(line, least) for line in loose]
-    names = {"check": "checkbox", "radio": "radio"}
-    parts += [Part(names[one.kind], "", one.box, one.confidence, "widget") for one in marks]
+    parts += [Part(_mark_type(one, loose), "", one.box, one.confidence, "widget") for one in marks]
     free = [one for one in icons if one.box not in used and min(one.box.w, one.box.h) >= _ICON_SIDE_LEAST_PX]
     parts += [Part("icon", "", one.box, one.confidence, "widget") for one in free]
     taken = {part.box for part in parts}
@@ -142,6 +141,13 @@ def _from_pixels(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> lis
         if one.kind == "panel" or (one.kind == "field" and one.box.h > _TALL_PX and one.box not in taken)
     ]
     return parts
+
+
+def _mark_type(mark: WidgetBox, lines: Iterable[TextLine]) -> str:
+    """A box may stand alone, as in the rows of a table; a ring without a text beside it is an icon or a counter."""
+    if mark.kind == "check":
+        return "checkbox"
+    return "radio" if any(mark_cost(line.box, mark.box) is not None for line in lines) else "icon"
 
 
 def _rescaled(widget: WidgetBox, usual: int) -> WidgetBox:
@@ -207,7 +213,8 @@ def _control(widget: WidgetBox, lines: list[TextLine], icons: list[Box], nested:
         content = content.union(line.box)
     high = max(line_height(line) for line in ordered)
     side_by_side = len(ordered) > 1 and content.h < high
-    if box.h > _SNUG_HEIGHT * high or side_by_side or len(ordered) > 2:
+    uneven = high * 4 > min(line_height(line) for line in ordered) * 5
+    if box.h > _SNUG_HEIGHT * high or side_by_side or uneven or len(ordered) > 2:
         return None
     kind = _control_type(widget, content, icons, high)
     if kind == "textbox" and high >= _HEADING_RATIO * usual:
@@ -222,13 +229,19 @@ def _control_type(widget: WidgetBox, content: Box, icons: list[Box], high: int) 
     """What a rectangle is by where its text stands: "combobox", "textbox", "button"; None for a mere frame."""
     box, end = widget.box, widget.box.x + widget.box.w
     text_end = content.x + content.w
-    carets = [icon.x for icon in icons if end - icon.x <= 2 * box.h and icon.x >= text_end - 2]
+    carets = [
+        icon.x
+        for icon in icons
+        if end - icon.x <= 2 * box.h and icon.x >= text_end - 2 and max(icon.w, icon.h) <= _CARET_SIDE * high
+    ]
     if widget.kind == "field" and carets:
         apart = min(carets) - text_end
         if apart * 5 > high * 4 or content.x - box.x < _CARET_LEFT_PX:
             return "combobox"
-    for icon in icons:
-        content = content.union(icon)
+    for icon in sorted(icons):
+        # An icon beside the words belongs to them; one at the far end does not move their middle.
+        if max(icon.x - content.x - content.w, content.x - icon.x - icon.w) <= high:
+            content = content.union(icon)
     left, right = content.x - box.x, end - content.x - content.w
     clipped = right <= 3 < left
     centred = abs(left - right) <= max(5, _CENTRED * box.w) and not clipped

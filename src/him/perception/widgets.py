@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from him.types import Box, WidgetBox
 
-RULES: Final = "widgets/1"
-"""Named in a scene's pins; raise it when a rule below changes."""
 _EDGE: Final = 7
 """Difference of neighbouring pixels, in any channel, that ends a flat area (a #f0f0f0 line on white is 15)."""
 _SIDE_LEAST: Final = 6
@@ -27,7 +25,7 @@ _CHECK_PX: Final = (9, 40)
 _CONTROL_HEIGHT_PX: Final = (13, 112)
 """Up to a large field at twice the usual scale; `scene` compares it with the height of the text."""
 _CONTROL_WIDTH_LEAST: Final = 20
-_FIELD_WIDTH_LEAST: Final = 36
+_FIELD_WIDTH_LEAST: Final = 30
 _AREA_WIDTH_LEAST: Final = 120
 _AREA_HEIGHT_MAX: Final = 320
 """A bordered rectangle up to this height may be a field of several lines."""
@@ -195,6 +193,7 @@ def _with_switches(found: list[WidgetBox]) -> list[WidgetBox]:
     for disc in (one.box for one in found if one.kind == "radio"):
         for pill in pills:
             held = disc.intersection(pill).area * 10 >= disc.area * 9 and disc.h * 2 >= pill.h
+            held = held and abs(2 * disc.y + disc.h - 2 * pill.y - pill.h) <= 3
             at_end = min(disc.x - pill.x, pill.x + pill.w - disc.x - disc.w) <= pill.h // 3
             if held and at_end and disc.w < pill.w // 2 + 4:
                 switches[disc] = pill

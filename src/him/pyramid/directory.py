@@ -145,7 +145,7 @@ def _load(store: PageStore, root: bytes) -> Node:
     if magic == _LEAF:
         try:
             return msgspec.msgpack.decode(body, type=tuple[Frame, ...])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise IntegrityError(f"directory leaf does not parse: {error}", object=root.hex()) from error
     bitmap = int.from_bytes(body[:2], "little")
     if magic != _INNER or len(body) != 4 + bitmap.bit_count() * _CHILD:

@@ -181,7 +181,7 @@ def decode(store: PageStore, blob: BlobId) -> Companion:
     """Parse a companion. Raises IntegrityError."""
     try:
         return msgspec.msgpack.decode(store.page(KIND_COMPANION, blob), type=Companion)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(f"a companion page does not parse: {error}", object=blob.hex()) from error
 
 

@@ -12,15 +12,21 @@ from blake3 import blake3
 from him.errors import IntegrityError
 from him.index.roles import role_of
 from him.query.goal import Goal
-from him.query.score import CONTROLS, EXACT, FULL, TIE_MARGIN, Match, lexical
+from him.query.likeness import EXACT, FULL
+from him.query.score import CLICKABLE, CONTROLS, TIE_MARGIN, Match, lexical
 
 FEATURES: Final = (
     "lexical",
     "exact",
+    "part",
+    "labelled",
+    "beside",
     "role",
     "role_wrong",
-    "role_asked",
     "control_unseen",
+    "click_unseen",
+    "button_unseen",
+    "heading_unasked",
     "meaning",
     "words",
     "seen",
@@ -29,7 +35,8 @@ FEATURES: Final = (
     "length",
 )
 """Names and order of the model's inputs; `features_of` explains them."""
-MARGIN_FULL: Final = 2_000
+MARGIN_FULL: Final = 800
+"""A lead beyond this makes an answer no surer."""
 
 
 class Calibrator(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -84,29 +91,36 @@ def shipped() -> Calibrator:
 def features_of(goal: Goal, match: Match, rivals: Sequence[Match]) -> tuple[float, ...]:
     """The model's inputs for a match among `rivals` (all other matches of the same goal), in the order of FEATURES.
 
-    `lexical` best of text and label; `exact` 1 when it is the same text; `role` 0…1 as asked, `role_wrong` 0…1 another;
-    `role_asked`; `control_unseen`
-    1 when a field or mark was asked for and this is not known to be one; `meaning`, `words`, `seen` as in
-    `score.Features`; `margin` lead in evidence over the best rival, −1…1; `rivals` log of how many are as good;
-    `length` log of the target's length.
+    `lexical` best of text and label; `exact` 1 when it is the same text; `part` 1 when it stands in a longer line;
+    `labelled` 1 when the label fits and not the text, `beside` 1 when that is one by its place alone; `role` 0…1 as
+    asked, `role_wrong` 0…1 another; `control_unseen`, `click_unseen` and `button_unseen` 1 when a control, something
+    to click, a button was asked for and this is not known to be one; `heading_unasked` 1 when this is a heading and
+    that was not asked for; `meaning`, `words`, `seen` as in `score.Features`; `margin` lead in evidence over the best
+    rival, −1…1; `rivals` log of how many are as good; `length` log of the target's length.
     """
-    best = lexical(goal, match.features, match.type)
+    known, role = match.features, role_of(match.type)
+    best = lexical(goal, known, match.type)
     lead = match.evidence - max((rival.evidence for rival in rivals), default=0)
     equal = sum(rival.evidence > match.evidence - TIE_MARGIN for rival in rivals)
-    unseen = goal.role in CONTROLS and role_of(match.type) not in CONTROLS
+    unseen = bool(goal.role) and known.role < 1
     return (
         best / FULL,
         float(best >= EXACT),
-        max(0, match.features.role) / 2,
-        max(0, -match.features.role) / 2,
-        float(bool(goal.role)),
-        float(unseen),
-        match.features.meaning / FULL,
-        match.features.words / FULL,
-        match.features.seen / FULL,
+        float(known.part > 0),
+        float(known.label > known.text),
+        float(known.beside),
+        max(0, known.role) / 2,
+        max(0, -known.role) / 2,
+        float(unseen and goal.role in CONTROLS),
+        float(unseen and goal.role in CLICKABLE - CONTROLS),
+        float(unseen and goal.role == "button"),
+        float(role == "heading" and goal.role not in ("", "heading")),
+        known.meaning / FULL,
+        1.0 if best >= EXACT else known.words / FULL,  # "3h" is "3 h", though it shares no word with it
+        known.seen / FULL,
         max(-1.0, min(1.0, lead / MARGIN_FULL)),
         math.log1p(equal),
-        math.log1p(match.features.chars),
+        math.log1p(known.chars),
     )
 
 

@@ -1,6 +1,7 @@
 """Put fetched tiles together: one working buffer a region, and which tiles changed since they were read."""
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -12,6 +13,11 @@ from him.query.fetch import Tiles
 from him.query.plan import STREAM, grid_of
 from him.query.source import QuerySource
 from him.types import Box, QueryPlan, Scene, TileKey
+
+INSET_PX: Final = 2
+INK_STEP: Final = 40
+"""Difference from the background, of 255, from which a pixel is ink."""
+BORDER_SHARE: Final = 0.95
 
 Place = tuple[str, int, int]
 """(frame, y, x) of a level-0 tile."""
@@ -46,6 +52,12 @@ class State(msgspec.Struct, frozen=True):
         """The scene of a frame."""
         return next(seen.scene for seen in self.rows.frames if seen.frame == frame)
 
+    def buffer(self, frame: str, box: Box) -> Buffer | None:
+        """The working buffer that holds all of `box`, if it was read whole."""
+        return next(
+            (one for one in self.buffers if one.whole and one.frame == frame and box.intersection(one.box) == box), None
+        )
+
     def is_stale(self, frame: str, box: Box) -> bool:
         """Whether a tile that `box` or its halo meets changed since the scene was read."""
         cells = grid_of(self.scene(frame)).cells(box.grown(OCR_HALO_PX))
@@ -55,6 +67,26 @@ class State(msgspec.Struct, frozen=True):
         """Whether the tile under the middle of `box` was fetched (a plan reads those around it as K allows)."""
         cells = grid_of(self.scene(frame)).cells(box)
         return bool(cells) and (frame, *cells[0]) in self.read
+
+
+def letters(box: Box, buffer: Buffer) -> Box:
+    """The part of `box` that differs from its background, as seen in the buffer; `box` itself when nothing does.
+
+    A tree gives a heading or a cell the width of its column; what a person means, and points at, are its letters.
+    """
+    inner = Box(box.x + INSET_PX, box.y + INSET_PX, box.w - 2 * INSET_PX, box.h - 2 * INSET_PX)
+    if inner.w <= 0 or inner.h <= 0 or inner.intersection(buffer.box) != inner:
+        return box
+    left, top = inner.x - buffer.box.x, inner.y - buffer.box.y
+    pixels = buffer.pixels[top : top + inner.h, left : left + inner.w].astype(np.int16)
+    ground = np.median(pixels.reshape(-1, pixels.shape[2]), axis=0)
+    ink = (np.abs(pixels - ground) > INK_STEP).any(axis=2)
+    # A line across the whole box is a border.
+    ink &= ~(ink.mean(axis=1) > BORDER_SHARE)[:, None]
+    ys, xs = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    if not len(ys):
+        return box
+    return Box(inner.x + int(xs[0]), inner.y + int(ys[0]), int(xs[-1] - xs[0]) + 1, int(ys[-1] - ys[0]) + 1)
 
 
 def stale_tiles(rows: SnapshotRows, source: QuerySource, frames: Iterable[str]) -> frozenset[Place]:

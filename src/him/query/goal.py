@@ -46,10 +46,11 @@ NOUNS: Final[dict[str, str]] = {
 NOUNS_BESIDE_QUOTES: Final[dict[str, str]] = {
     **NOUNS, "entry": "field", "select": "dropdown", "toggle": "switch", "item": "menuitem", "menu": "menu",
     "option": "option", "image": "icon", "picture": "icon", "logo": "icon", "title": "heading", "label": "label",
-    "text": "text", "message": "text", "paragraph": "text", "cell": "cell", "dialog": "area", "panel": "area",
+    "text": "", "message": "", "paragraph": "", "cell": "cell", "dialog": "area", "panel": "area",
     "table": "area", "group": "area", "section": "area", "window": "area",
 }  # fmt: skip
-"""Nouns that may as well belong to the text looked for, so they count only when that text is quoted."""
+"""Nouns that may as well belong to the text looked for, so they count only when that text is quoted. A text can stand
+on anything, so it is no role."""
 
 _QUOTES: Final = re.compile(
     r"“([^”]*)”|«([^»]*)»|„([^“”]*)[“”]|‘((?:[^’]|’(?=\w))*)’(?!\w)"

@@ -1,16 +1,21 @@
 """Which of the read elements is meant: candidates with calibrated confidence."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from him.config import ANSWER_CANDIDATES_MAX
 from him.index import SnapshotRows
+from him.index.roles import role_of
 from him.ports import TextEncoder
 from him.query import search
 from him.query.calibrate import Calibrator, confidence, shipped
-from him.query.fuse import State
+from him.query.fuse import State, letters
 from him.query.goal import Goal
 from him.query.score import Match
-from him.types import Candidate
+from him.types import Box, Candidate
+
+LETTERS_ONLY: Final = frozenset({"heading", "text", "label", "cell"})
+"""Roles of which nothing but the text is shown."""
 
 
 def found(rows: SnapshotRows, goal: Goal, encoder: TextEncoder | None) -> list[Match]:
@@ -46,5 +51,13 @@ def locate(
             continue
         rivals = [*matches[:place], *matches[place + 1 :]]
         p = confidence(model, goal, match, rivals)
-        out.append(Candidate(match.box, match.frame, match.text, match.type, p))
+        out.append(Candidate(box_shown(state, match), match.frame, match.text, match.type, p))
     return tuple(out)
+
+
+def box_shown(state: State, match: Match) -> Box:
+    """The box to answer with: a control whole; of text in a tree the letters, where their pixels were read."""
+    if match.source not in ("tree", "fused") or role_of(match.type) not in LETTERS_ONLY:
+        return match.box
+    buffer = state.buffer(match.frame, match.box)
+    return letters(match.box, buffer) if buffer else match.box

@@ -1,21 +1,18 @@
 """How well an element fits a goal: integer features of one place, and the score that ranks them. Pure functions."""
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import msgspec
 
+from him.index import Relations
 from him.index.roles import role_of
 from him.index.text import folded, plain
 from him.index.vector import FULL_SCORE
 from him.query.goal import Goal
+from him.query.likeness import EXACT, FULL, inside, similarity
 from him.types import Box, Node
 
-FULL: Final = 1000
-"""Features are per mille."""
-EXACT: Final = 940
-"""A text match from here on is the same text, up to look-alike characters, spaces and punctuation."""
 TIE_MARGIN: Final = 200
 """Two places whose evidence differs by less than this cannot be told apart."""
 
@@ -29,12 +26,12 @@ AREA_MALUS: Final = 300
 VARIANT_MALUS: Final = 25
 LABEL_MALUS: Final = 30
 LABEL_UNASKED_MALUS: Final = 300
-EDIT_CHARS_MAX: Final = 120
-FUZZY_MIN: Final = 550
-"""Below this likeness two texts have nothing to do with each other."""
-DIGITS_DIFFER: Final = 600
-"""The best that texts with other digits can reach: "Page 1" and "Page 2" look alike and are never the same."""
-
+PART: Final = 860
+"""Likeness of a text that stands whole in a line that pixels show, which may hold several elements…"""
+PART_SHARE: Final = 79
+"""…and what it gains as it takes up more of that line; together below EXACT."""
+LABELS_APART: Final = 100
+"""A label and what it labels fit a goal alike, or the label is another's."""
 CONTROLS: Final = frozenset({"field", "dropdown", "checkbox", "switch", "radio", "slider"})
 """Roles whose text usually stands beside them, in a label."""
 CLICKABLE: Final = frozenset({"button", "link", "tab", "menuitem", "option"}) | CONTROLS
@@ -57,21 +54,26 @@ _COMPATIBLE: Final[dict[str, frozenset[str]]] = {
     "cell": frozenset({"text", "link", "heading"}),
     "area": frozenset({"heading"}),
 }
-_ALIKE: Final = str.maketrans(
-    {"5": "s", "8": "b", "2": "z", "v": "u", "c": "e", "y": "u", "q": "g", "9": "g", "t": "f"}
-)
+_PIXELS: Final = frozenset({"ocr", "widget"})
+_CARRIES_TEXT: Final = frozenset({"text", "label", "heading", "cell", "icon", ""})
+"""Roles of nodes that show the text of the control they lie in."""
+_PARENTS_MAX: Final = 3
+_PARENT_AREA_MAX: Final = 40
 
 
 class Features(NamedTuple):
     """What speaks for a place, per mille unless said otherwise.
 
-    `text` match of the element's own text; `label` match of what labels it; `role` −2 (another) … 2 (as asked);
+    `text` match of the element's own text; `label` match of what labels it; `part` above 0, its share, when the text
+    is only part of a longer line; `beside` 1 when the label is one by its place alone; `role` −2 (another) … 2 (as asked);
     `meaning` cosine of the vectors; `words` share of the goal's words held; `seen` confidence of the reading;
     `chars` length of the target in characters.
     """
 
     text: int
     label: int
+    part: int
+    beside: int
     role: int
     meaning: int
     words: int
@@ -82,7 +84,8 @@ class Features(NamedTuple):
 class Match(msgspec.Struct, frozen=True):
     """An occurrence with its features and scores.
 
-    `place` is the occurrence's number in the rows, `copies` counts other nodes of the same target (a link's text).
+    `place` is the occurrence's number in the rows, `labels` the nodes that label it, `copies` counts other nodes of
+    the same target (a link's own text, a field's label).
     """
 
     place: int
@@ -91,114 +94,101 @@ class Match(msgspec.Struct, frozen=True):
     box: Box
     text: str
     type: str
+    source: str
     features: Features
     evidence: int
     score: int
+    labels: tuple[str, ...] = ()
     copies: int = 0
 
 
-def _distance(a: str, b: str) -> int:
-    """Levenshtein distance, bit-parallel (Myers 1999, Hyyrö's form): one step a character of `b`."""
-    if not a:
-        return len(b)
-    at: dict[str, int] = {}
-    for place, char in enumerate(a):
-        at[char] = at.get(char, 0) | (1 << place)
-    last, full = 1 << (len(a) - 1), (1 << len(a)) - 1
-    more, less, distance = full, 0, len(a)
-    for char in b:
-        same = at.get(char, 0)
-        across = (((same & more) + more) ^ more) | same | less
-        grown, shrunk = less | ~(across | more), more & across
-        distance += 1 if grown & last else -1 if shrunk & last else 0
-        grown, shrunk = (grown << 1) | 1, shrunk << 1
-        more, less = (shrunk | ~(across | grown)) & full, grown & across & full
-    return distance
+def role_fit(asked: str, kind: str, source: str, *, with_tree: bool = False) -> int:
+    """−2…2: how the type of an element agrees with the role asked for; 0 when none is asked or nothing is known.
 
-
-def _fuzzy(a: str, b: str) -> int:
-    """0…1000 likeness of two folded texts, a look-alike letter counting half; 0 below FUZZY_MIN."""
-    longest = max(len(a), len(b))
-    # Texts without half their letters in common cannot reach FUZZY_MIN: most pairs end here.
-    if longest > EDIT_CHARS_MAX or 2 * (Counter(a) & Counter(b)).total() < longest:
-        return 0
-    cost = _distance(a, b) + _distance(a.translate(_ALIKE), b.translate(_ALIKE))
-    likeness = FULL - FULL * cost // (2 * longest)
-    return likeness if likeness >= FUZZY_MIN else 0
-
-
-def _contained(target: str, text: str) -> int:
-    """Score of `target` standing inside `text` at word borders; 0 if it does not."""
-    at = text.find(target)
-    while at >= 0:
-        end = at + len(target)
-        before, after = text[at - 1 : at], text[end : end + 1]
-        if not (before.isalnum() and target[0].isalnum()) and not (after.isalnum() and target[-1].isalnum()):
-            return (580 if at == 0 else 520) + 320 * len(target) // len(text)
-        at = text.find(target, at + 1)
-    return 0
-
-
-def _digits(text: str) -> str:
-    return "".join(char for char in text if char.isdigit())
-
-
-def similarity(target: str, text: str) -> int:
-    """0…1000: how sure `text`, perhaps misread, is the text `target` asks for."""
-    target, text = plain(target), plain(text)
-    if not target or not text:
-        return 0
-    if target == text:
-        return FULL
-    bare, bare_text = folded(target), folded(text)
-    if bare and bare == bare_text:
-        return 985 if _digits(target) == _digits(text) else 950
-    if not bare or not bare_text:
-        return 0
-    if bare.replace("rn", "m") == bare_text.replace("rn", "m"):
-        return EXACT
-    score = min(_fuzzy(bare, bare_text), EXACT - 1 if _digits(target) == _digits(text) else DIGITS_DIFFER)
-    score = max(score, _contained(target, text))
-    if inner := _contained(text, target):
-        score = max(score, (inner - 520) * 2 // 3 + 250)
-    return score
-
-
-def role_fit(asked: str, kind: str, source: str) -> int:
-    """−2…2: how the type of an element agrees with the role asked for; 0 when none is asked or nothing is known."""
+    Args:
+        asked: the role asked for.
+        kind: the element's type.
+        source: what saw it; pixels alone tell a button from a text by its frame, and often neither.
+        with_tree: an accessibility tree was there and does not have it.
+    """
     role = role_of(kind)
     if not asked:
         return 0
+    if source in _PIXELS and with_tree:
+        return 0 if role == asked else -1
     if role == asked:
         return 2
-    if role in _COMPATIBLE.get(asked, ()):
-        return 1
-    if source == "ocr" or not role:
-        return 0  # read from pixels alone, "text" says nothing about what it is part of
-    return -2 if source in ("tree", "fused") else -1
+    alike = role in _COMPATIBLE.get(asked, ())
+    if source in _PIXELS:
+        if role in CONTROLS and alike:
+            return 2  # what kind of control it is is a guess from pixels
+        return 1 if role in CLICKABLE and alike else 0
+    return 1 if alike or not role else -2
 
 
-def _best(goal: Goal, text: str) -> int:
-    found = 0
+def role_in_place(asked: str, node: Node, relations: Relations) -> int:
+    """`role_fit` of a node, or of the control it lies in when it is that control's text."""
+    fit = role_fit(asked, node.type, node.source, with_tree=relations.with_tree)
+    inner, steps = node, 0
+    while asked and fit < 1 and role_of(inner.type) in _CARRIES_TEXT | {"area"} and steps < _PARENTS_MAX:
+        outer = relations.parent(inner.id)
+        if outer is None or outer.bbox.area > _PARENT_AREA_MAX * max(1, node.bbox.area):
+            break
+        if role_of(outer.type) in CLICKABLE and role_of(node.type) in _CARRIES_TEXT:
+            fit = max(fit, role_fit(asked, outer.type, outer.source, with_tree=relations.with_tree))
+        inner, steps = outer, steps + 1
+    return fit
+
+
+def _best(goal: Goal, text: str) -> tuple[int, str]:
+    """(likeness, variant) of the variant that fits best."""
+    found, chosen = 0, goal.text
     for place, variant in enumerate(goal.variants):
-        found = max(found, similarity(variant, text) - (VARIANT_MALUS if place else 0))
-    return found
+        likeness = similarity(variant, text) - (VARIANT_MALUS if place else 0)
+        if likeness > found:
+            found, chosen = likeness, variant
+    return found, chosen
 
 
-def texts(goal: Goal, text: str, label: str) -> tuple[int, int]:
-    """(text match, label match) of a content, each 0…1000."""
-    return _best(goal, text), _best(goal, label) if label else 0
+class Fit(NamedTuple):
+    """How a content's texts fit a goal: likeness of text and label, and where in the text a part of it lies."""
+
+    text: int
+    label: int
+    part: tuple[int, int, int] | None
+    """(start, end, length) in characters of the compared text."""
+
+
+def fit_of(goal: Goal, text: str, label: str) -> Fit:
+    """How a content fits a goal."""
+    likeness, variant = _best(goal, text)
+    part: tuple[int, int, int] | None = None
+    if 0 < likeness < EXACT and (at := inside(plain(variant), plain(text))):
+        part = *at, len(plain(text))
+    return Fit(likeness, _best(goal, label)[0] if label else 0, part)
 
 
 def lexical(goal: Goal, features: Features, kind: str) -> int:
     """The better of text and label, where a label counts fully only for what is usually labelled."""
     role = role_of(kind)
-    asked = goal.role in CONTROLS or (goal.relation == "label" and not goal.role)
+    asked = goal.role in CONTROLS or goal.role == "option" or (goal.relation == "label" and not goal.role)
     malus = LABEL_MALUS if asked and role in CONTROLS else LABEL_UNASKED_MALUS
-    return max(features.text, features.label - malus, 0)
+    return max(features.text, features.label - malus, PART + PART_SHARE * features.part // FULL if features.part else 0)
 
 
-def scored(goal: Goal, place: int, frame: str, node: Node, label: str, features: Features) -> Match:
+def is_line(node: Node) -> bool:
+    """Whether a node is a line of text read from pixels: it may hold several links, and the answer is one of them."""
+    return node.source == "ocr" and role_of(node.type) in ("text", "heading")
+
+
+def part_box(box: Box, part: tuple[int, int, int]) -> Box:
+    """The part of a line's box where some of its characters stand, taking all to be as wide."""
+    start, end, length = part
+    left, right = box.x + box.w * start // length, box.x + -(-box.w * end // length)
+    return Box(left, box.y, max(1, right - left), box.h)
+
+
+def scored(goal: Goal, place: int, frame: str, node: Node, fit: Fit, label: str, features: Features) -> Match:
     """The match of one occurrence: `evidence` decides ties, `score` adds what only orders."""
     role = role_of(node.type)
     evidence = TEXT_WEIGHT * lexical(goal, features, node.type) + ROLE_WEIGHT * features.role
@@ -207,7 +197,8 @@ def scored(goal: Goal, place: int, frame: str, node: Node, label: str, features:
     if role == "area" and goal.role != "area":
         evidence -= AREA_MALUS
     score = evidence + features.meaning // 2 + features.words // 2 + features.seen // 5
-    return Match(place, frame, node.id, node.bbox, node.text or label, node.type, features, evidence, score)
+    box = part_box(node.bbox, fit.part) if fit.part and features.part else node.bbox
+    return Match(place, frame, node.id, box, node.text or label, node.type, node.source, features, evidence, score)
 
 
 def meaning(dot: int) -> int:
@@ -222,14 +213,17 @@ def _order(match: Match) -> tuple[int, str, int, int, int, int, str]:
 
 
 def ranked(matches: Sequence[Match]) -> list[Match]:
-    """Best first, ties by frame and place; nodes that show one target (a button and its text) joined into one."""
+    """Best first, ties by frame and place; nodes that show one target joined into the best of them.
+
+    One target are a button and the text in it, and a field and its label.
+    """
     kept: list[Match] = []
     on_frame: dict[str, list[int]] = {}
     for match in sorted(matches, key=_order):
-        beside = on_frame.setdefault(match.frame, [])
-        twin = next((place for place in beside if _same_target(kept[place], match)), None)
+        known = on_frame.setdefault(match.frame, [])
+        twin = next((place for place in known if _same_target(kept[place], match)), None)
         if twin is None:
-            beside.append(len(kept))
+            known.append(len(kept))
             kept.append(match)
         else:
             kept[twin] = msgspec.structs.replace(kept[twin], copies=kept[twin].copies + 1)
@@ -237,7 +231,9 @@ def ranked(matches: Sequence[Match]) -> list[Match]:
 
 
 def _same_target(a: Match, b: Match) -> bool:
-    """Whether two places of one frame lie on each other and carry the same text."""
+    """Whether two places of one frame carry one text and lie on each other, or one labels the other."""
+    if b.node in a.labels or a.node in b.labels:
+        return abs(max(a.features.text, a.features.label) - max(b.features.text, b.features.label)) < LABELS_APART
     smaller = min(a.box.area, b.box.area)
     if smaller == 0 or 10 * a.box.intersection(b.box).area < 7 * smaller:
         return False

@@ -14,21 +14,11 @@ from him.index.text import SCORE_SCALE
 from him.index.vector import scan, top
 from him.ports import TextEncoder
 from him.query.goal import Goal
+from him.query.likeness import FULL
 from him.query.plan import Cell, coarse_cells
-from him.query.score import (
-    EXACT,
-    FULL,
-    TIE_MARGIN,
-    Features,
-    Match,
-    meaning,
-    ranked,
-    role_fit,
-    scored,
-    similarity,
-    texts,
-)
-from him.types import Box, Node
+from him.query.score import Features, Fit, Match, fit_of, is_line, meaning, ranked, role_in_place, scored
+from him.query.settle import settled, with_neighbours
+from him.types import Node
 
 OCCURRENCES_MAX: Final = 1_000
 """Places of one row that are scored; more equal ones change no decision."""
@@ -92,53 +82,6 @@ def _seen(node: Node) -> int:
     return round(FULL * min(1.0, max(0.0, node.confidence)))
 
 
-def _anchors(rows: SnapshotRows, text: str) -> list[tuple[str, Box]]:
-    """Places of what a goal names as the target's surroundings."""
-    near = [row for row, _ in top(rows.grams.scores(text), CANDIDATES_MAX)]
-    named = [row for row in near if similarity(text, rows.contents[row].text) >= EXACT]
-    return [(rows.place(at)[0], rows.box(at)) for row in named for at in rows.occurrences(row).tolist()]
-
-
-def _relation(box: Box, anchor: Box) -> tuple[int, int]:
-    """(0 inside, 1 in its row, 2 elsewhere; distance in pixels) of a place to what it is said to be near."""
-    if anchor.contains_point(*box.centre):
-        return 0, 0
-    dx = max(0, box.x - anchor.x - anchor.w, anchor.x - box.x - box.w)
-    dy = max(0, box.y - anchor.y - anchor.h, anchor.y - box.y - box.h)
-    return (1 if dy == 0 else 2), dx + dy
-
-
-def _nearest(equal: list[Match], anchors: list[tuple[str, Box]]) -> Match | None:
-    """The one place that alone is inside or in the row of an anchor, or is nearer by far than the next."""
-    found = [
-        (min(places), number)
-        for number, match in enumerate(equal)
-        if (places := [_relation(match.box, box) for frame, box in anchors if frame == match.frame])
-    ]
-    found.sort()
-    if not found:
-        return None
-    alone = len(found) == 1 or found[0][0][0] < found[1][0][0] or 2 * found[0][0][1] < found[1][0][1]
-    return equal[found[0][1]] if alone else None
-
-
-def settled(rows: SnapshotRows, goal: Goal, matches: list[Match]) -> list[Match]:
-    """Break a tie at the top by what the goal says: "the second …", "… in the 'Users' table"; else leave it."""
-    equal = [match for match in matches if match.evidence > matches[0].evidence - TIE_MARGIN]
-    chosen: Match | None = None
-    if len(equal) > 1 and goal.ordinal:
-        ordered = sorted(equal, key=lambda match: (match.frame, match.box.y, match.box.x))
-        at = goal.ordinal - 1 if goal.ordinal > 0 else goal.ordinal
-        chosen = ordered[at] if -len(ordered) <= at < len(ordered) else None
-    elif len(equal) > 1 and goal.context:
-        chosen = _nearest(equal, _anchors(rows, goal.context))
-    if chosen is None:
-        return matches
-    ahead = matches[0].evidence + 2 * TIE_MARGIN - chosen.evidence
-    raised = msgspec.structs.replace(chosen, evidence=chosen.evidence + ahead, score=chosen.score + ahead)
-    return [raised, *(match for match in matches if match is not chosen)]
-
-
 def fuse_scores(rows: SnapshotRows, goal: Goal, near: Scored | None, worded: Scored | None) -> list[Match]:
     """Every proposed place with its final score, best first, at most CANDIDATES_MAX.
 
@@ -152,18 +95,25 @@ def fuse_scores(rows: SnapshotRows, goal: Goal, near: Scored | None, worded: Sco
     matches: list[Match] = []
     for number in sorted(proposed):
         content = rows.contents[number]
-        if goal.text:
-            text, label = texts(goal, content.text, content.label)
-        else:
-            text, label = FULL, 0  # only a role was asked for, and these have it
-        guess = 9 * max(text, label) // 10
+        # When only a role was asked for, these have it.
+        fit = fit_of(goal, content.text, content.label) if goal.text else Fit(FULL, 0, None)
+        guess = 9 * max(fit.text, fit.label) // 10
         cosine = meaning(int(near.all[number])) if near is not None else guess
         words = int(worded.all[number]) if worded is not None and goal.text else guess
+        share = max(1, FULL * (fit.part[1] - fit.part[0]) // fit.part[2]) if fit.part else 0
         for place in rows.occurrences(number)[:OCCURRENCES_MAX].tolist():
             frame, node = rows.place(place)
-            role = role_fit(goal.role, node.type, node.source)
-            features = Features(text, label, role, cosine, words, _seen(node), len(goal.text))
-            matches.append(scored(goal, place, frame, node, content.label, features))
+            role = role_in_place(goal.role, node, rows.relations(int(rows.frame[place])))
+            part = share if is_line(node) else 0
+            chars = len(goal.text)
+            features = Features(fit.text, fit.label, part, 0, role, cosine, words, _seen(node), chars)
+            matches.append(scored(goal, place, frame, node, fit, content.label, features))
     matches.sort(key=lambda match: (-match.score, match.frame, match.box.y, match.box.x, match.node))
-    best = ranked(matches[:MATCHES_MAX])[:CANDIDATES_MAX]
+    known = [_labelled(rows, match) for match in matches[:MATCHES_MAX]]
+    best = ranked(with_neighbours(rows, goal, known))[:CANDIDATES_MAX]
     return settled(rows, goal, best) if best else best
+
+
+def _labelled(rows: SnapshotRows, match: Match) -> Match:
+    found = rows.relations(int(rows.frame[match.place])).labels(match.node)
+    return msgspec.structs.replace(match, labels=found) if found else match

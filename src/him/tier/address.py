@@ -4,6 +4,7 @@ A row is the first 16 bytes of the blob_id, the pack's number, the offset in uni
 length. Sixteen bytes may in theory collide; the record's own header holds the full blob_id and decides.
 """
 
+import contextlib
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
@@ -50,7 +51,7 @@ class AddressIndex:
             path = f"{_FOLDER}/{name}"
             first, last, rows = self._read_segment(path)
             if rows is None or first != self.position or last > head:
-                self._disk.remove(path)
+                self._remove(path)
                 continue
             self._segments.append(rows)
             self._names.append(path)
@@ -101,12 +102,17 @@ class AddressIndex:
             return
         if since == 0:
             for old in self._names:
-                self._disk.remove(old)
+                self._remove(old)
             self._segments, self._names = [], []
         self._segments.append(table)
         self._names.append(path)
         self._tail = {}
         self._flushed = self.position
+
+    def _remove(self, path: str) -> None:
+        """One that stays does no harm: `load` takes a segment only where the one before it ends."""
+        with contextlib.suppress(HimError):
+            self._disk.remove(path)
 
     def _sorted_tail(self) -> NDArray[np.void]:
         table = np.zeros(len(self._tail), dtype=SEGMENT_ROW)

@@ -43,12 +43,14 @@ class WarmStore:
         self._rng = rng
         self._repository_id = repository_id
         self._files: dict[str, File] = {}
+        self._retired: list[File] = []
         self._names: list[str] = []
         self._numbers: dict[str, int] = {}
         self._addresses = AddressIndex(disk)
         self._addresses_loaded = False
         self._pending: dict[bytes, tuple[str, Location]] = {}
         self._writer: PackWriter | None = None
+        self._spoiled: set[str] = set()
         self._pages: OrderedDict[bytes, bytes] = OrderedDict()
         self._lock = threading.RLock()
         self.written_bytes = 0
@@ -125,6 +127,39 @@ class WarmStore:
         self._remember(blob, payload)
         return blob
 
+    @property
+    def writing(self) -> bool:
+        """Whether this process holds a pack to append to."""
+        return self._writer is not None
+
+    def continue_pack(self) -> None:
+        """Take up an unfinished pack that nobody holds, if there is one.
+
+        Only under the log's lock, with the projection at its head: a range that was committed after an older view
+        would be cut off.
+        """
+        with self._lock:
+            ends = {named.pack: named.end for _, named in self._projection.ranges(0)}
+            if self._writer is not None:
+                return
+            for name in sorted(ends.keys() - self._projection.finished_packs().keys() - self._spoiled):
+                try:
+                    file = self._disk.open(name)
+                except NotFoundError:
+                    continue
+                if not file.lock(wait=False):
+                    file.close()
+                    continue
+                if file.size() > ends[name]:
+                    # Whatever lies beyond the last committed range was left by a process that died.
+                    file.truncate(ends[name])
+                if name in self._files:
+                    # Another thread may be reading through it: closed with the store.
+                    self._retired.append(self._files[name])
+                self._files[name] = file
+                self._writer = PackWriter(file, name, ends[name])
+                return
+
     def close_range(self) -> PackRange | None:
         """Make all that was appended durable; None when nothing was. After a failure the pack is abandoned."""
         with self._lock:
@@ -132,7 +167,9 @@ class WarmStore:
                 return None
             try:
                 return self._writer.close_range()
-            except Exception:
+            except BaseException:
+                # After a failed sync nobody knows what the pack holds: this process never writes to it again.
+                self._spoiled.add(self._writer.name)
                 self.abandon()
                 raise
 
@@ -140,7 +177,8 @@ class WarmStore:
         """The last range was named by a commit record: its blobs are now found through the addresses."""
         with self._lock:
             self.refresh()
-            self._pending = {}
+            # What another thread has put since the range was closed waits for its own.
+            self._pending = {blob: at for blob, at in self._pending.items() if self._addresses.find(BlobId(blob)) is None}
 
     def finish_if_large(self) -> PackFinished | None:
         """Give the writer's pack its footer once it is large; the next write opens another."""
@@ -150,17 +188,24 @@ class WarmStore:
                 return None
             ranges = [named for _, named in self._projection.ranges(0) if named.pack == writer.name]
             rows = [row for named in ranges for row in read_index(writer.file, named)]
-            finished = writer.finish(rows, [named.merkle_root for named in ranges])
-            writer.file.unlock()
-            self._writer = None
+            try:
+                finished = writer.finish(rows, [named.merkle_root for named in ranges])
+            except BaseException:
+                self._spoiled.add(writer.name)
+                raise
+            finally:
+                writer.file.unlock()
+                self._writer = None
             return finished
 
     def abandon(self) -> None:
         """Forget the writer's pack and what was appended but not committed (after a failed write or sync)."""
         with self._lock:
             if self._writer is not None:
+                # Another thread may be reading through it: closed with the store.
+                self._retired.append(self._writer.file)
                 self._files.pop(self._writer.name, None)
-                self._writer.close()
+                self._writer.file.unlock()
             self._writer, self._pending = None, {}
             self._pages.clear()
             self.epoch += 1
@@ -188,8 +233,9 @@ class WarmStore:
     def close(self) -> None:
         """Release every file and lock."""
         with self._lock:
-            for file in self._files.values():
+            for file in [*self._files.values(), *self._retired]:
                 file.close()
+            self._retired = []
             self._files, self._writer, self._pending = {}, None, {}
 
     # -- inner
@@ -225,20 +271,7 @@ class WarmStore:
             return True
 
     def _open_writer(self) -> PackWriter:
-        """Continue an unfinished pack nobody holds, or begin a new one."""
-        ends: dict[str, int] = {}
-        for _, named in self._projection.ranges(0):
-            ends[named.pack] = named.end
-        for name in ends.keys() - self._projection.finished_packs().keys():
-            file = self._disk.open(name)
-            if file.lock(wait=False):
-                # Whatever lies beyond the last committed range was left by a process that died.
-                file.truncate(ends[name])
-                self._files.pop(name, file)
-                self._files[name] = file
-                self._writer = PackWriter(file, name, ends[name])
-                return self._writer
-            file.close()
+        """Begin a new pack."""
         pack = self._rng.token(16)
         name = f"{PACK_FOLDER}/{pack.hex()}.pack"
         file = self._disk.open(name, create=True)

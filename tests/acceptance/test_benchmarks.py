@@ -1,0 +1,22 @@
+"""Every benchmark runs tiny, so that none can rot; what they find is not judged here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIELDS = {"bench", "metric", "value", "unit", "against", "ratio", "goal", "holds"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["goals", "latency", "change"])
+def test_benchmark_prints_one_json_object_a_line(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", name, "--json", "--tiny"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert rows, done.stderr
+    assert all(row.keys() >= FIELDS and row["bench"] == name for row in rows)
