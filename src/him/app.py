@@ -234,9 +234,10 @@ class Repository:
         """Add a stream of one's own. Raises ConflictError."""
         self._history.declare_stream(spec)
 
-    def log(self) -> Iterator[dict[str, object]]:
-        """Commit records, newest first: seq, hash, time_ns, writer, operations."""
-        for seq, digest, record in reversed(list(self._history.records())):
+    def log(self, limit: int | None = None) -> Iterator[dict[str, object]]:
+        """Commit records, newest first (the last `limit`): seq, hash, time_ns, writer, operations."""
+        first = 0 if limit is None else max(0, self._log.head()[0] - limit)
+        for seq, digest, record in reversed(list(self._history.records(first))):
             yield {
                 "seq": seq,
                 "hash": digest.hex(),
@@ -341,7 +342,7 @@ class Repository:
             snapshot_id=found.snapshot_id, directory=found.directory.hex(), trace_id=trace_id, startup_ms=startup_ms,
             p95_ms=self._learned(),
         )  # fmt: skip
-        self._learn(result.stages_ms)
+        self._learn(result)
         request: dict[str, str | int | float | None] = {
             "goal": goal, "frame": frame, "budget_ms": budget_ms, "startup_ms": startup_ms,
         }  # fmt: skip
@@ -463,11 +464,14 @@ class Repository:
             "him_format": str(FORMAT_VERSION),
         }
 
-    def _learn(self, stages_ms: Mapping[str, float]) -> None:
-        for name, took in stages_ms.items():
+    def _learn(self, result: Answer) -> None:
+        for name, took in result.stages_ms.items():
             samples = self._took_ms.setdefault(name, [])
             samples.append(took)
             del samples[:-_SAMPLES_KEPT]
+        for name in self._took_ms.keys() - result.stages_ms.keys():
+            # A stage that did not run leaves no new duration: forget old ones, or a slow hour would be for ever.
+            del self._took_ms[name][: len(self._took_ms[name]) // 4 + 1]
 
     def _learned(self) -> dict[str, float]:
         """p95 of the last durations of each stage, once there are enough."""

@@ -139,7 +139,7 @@ def test_the_workload_touches_what_it_should(cramped: bool) -> None:
     assert bool([path for path in disk.files if path.endswith(".seg")]) == cramped
 
 
-@every(3)
+@every(4)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_failed_operation_leaves_nothing_and_loses_nothing(cramped: bool, mode: str, stride: int) -> None:
     views, operations = expected()
@@ -157,7 +157,7 @@ def test_a_failed_operation_leaves_nothing_and_loses_nothing(cramped: bool, mode
         check_sound(disk, views[-1:], f"reopened after {why}")
 
 
-@every(5)
+@every(8)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_disk_that_stays_bad_for_a_while_leaves_a_sound_repository(cramped: bool, mode: str, stride: int) -> None:
     """Even undoing fails: then the commit may be in doubt, and is either whole or absent."""

@@ -17,6 +17,8 @@ from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFo
 from him.ports import Clock, CommitLog, Memo, Projection, Rng
 from him.pyramid import directory, levels
 from him.tier.warm import WarmStore
+from him.tile import codec
+from him.tile.downsample import RULES
 from him.types import (
     SNAPSHOT_PREFIX,
     AttributeSet,
@@ -252,8 +254,13 @@ class History:
         self._commit(lambda: self._encoded([AttributeSet(target, key, value)]))
 
     def declare_stream(self, spec: StreamSpec) -> None:
-        """Add a stream of the user's own. Raises ConflictError when the name means something else already."""
-        checked_name(spec.name, what="stream")
+        """Add a stream of the user's own.
+
+        Raises:
+            UsageError: it could not be written, or not be halved exactly.
+            ConflictError: the name means something else already.
+        """
+        _check_stream(spec)
 
         def build() -> bytes | None:
             self.refresh()
@@ -270,7 +277,7 @@ class History:
         """Stop listing a snapshot; its bytes stay until garbage collection.
 
         Raises:
-            ConflictError: a branch or tag names it, or a child was branched from it.
+            ConflictError: a branch or tag names it. (A child may outlive it: its pages are its own.)
         """
         found = self.snapshot(name)
 
@@ -390,6 +397,25 @@ def _with_range(body: bytes, added: PackRange) -> bytes:
 
 def _decode(body: bytes) -> CommitRecord:
     return msgspec.msgpack.decode(body, type=CommitRecord)
+
+
+def _check_stream(spec: StreamSpec) -> None:
+    checked_name(spec.name, what="stream")
+    choices = (
+        ("content", spec.content, ("array", "bytes")),
+        ("dtype", spec.dtype, ("", *codec.DTYPES)),
+        ("quantise", spec.quantise, ("", "int8", "fp8", "fp16")),
+        ("level rule", spec.level_rule, ("none", *RULES)),
+    )
+    for what, value, known in choices:
+        if value not in known:
+            raise UsageError(f"unknown {what} {value!r}", object=spec.name, fix=f"use one of: {', '.join(known)}")
+    if min(spec.tile_height, spec.tile_width) < 1:
+        raise UsageError("a tile is at least one pixel high and wide", object=spec.name)
+    if spec.level_rule != "none" and (spec.content == "bytes" or spec.tile_height % 2 or spec.tile_width % 2):
+        raise UsageError(
+            "levels need arrays in tiles of even height and width", object=spec.name, fix='or use level_rule "none"'
+        )
 
 
 def _check_ref_name(name: str) -> None:

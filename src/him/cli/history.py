@@ -119,9 +119,7 @@ def log(
     session = session_of(context)
     shown: list[tuple[object, ...]] = []
     with session.repository(repo) as repository:
-        for count, record in enumerate(repository.log()):
-            if limit is not None and count >= limit:
-                break
+        for record in repository.log(limit):
             if json:
                 session.json(record)
                 continue

@@ -155,7 +155,10 @@ class SnapshotRows:
                     object=f"emb:{seen.frame}",
                     fix="ingest the frame again",
                 )
-        return cls(frames)
+        rows = cls(frames)
+        # Built now and not within the first query's budget: rows exist to be queried.
+        _ = rows.digest, rows.words, rows.grams
+        return rows
 
     def __len__(self) -> int:
         return len(self.contents)
@@ -191,10 +194,10 @@ class SnapshotRows:
 
     @cached_property
     def words(self) -> WordIndex:
-        """BM25 over the rows' texts and labels; built on first use."""
+        """BM25 over the rows' texts and labels."""
         return WordIndex([f"{content.text} {content.label}" for content in self.contents])
 
     @cached_property
     def grams(self) -> GramIndex:
-        """Character trigrams of the rows' texts and labels; built on first use."""
+        """Character trigrams of the rows' texts and labels."""
         return GramIndex([(content.text, content.label) for content in self.contents])

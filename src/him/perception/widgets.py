@@ -30,6 +30,8 @@ _AREA_WIDTH_LEAST: Final = 120
 _AREA_HEIGHT_MAX: Final = 320
 """A bordered rectangle up to this height may be a field of several lines."""
 _PANEL_LEAST_PX: Final = (80, 48)
+_DISC_CORNERS: Final = 0.395
+"""Corners of the square around a disc that an area may fill: a small ring fills up to 0.39, a rounded box from 0.40."""
 _BORDER: Final = 10
 _ICON_PX: Final = (2, 56)
 _ICON_HEIGHT_LEAST: Final = 4
@@ -161,7 +163,7 @@ def _mark_kind(mine: NDArray[np.bool_]) -> str | None:
     outside = np.count_nonzero(mine & ~disc) / max(1, np.count_nonzero(~disc))
     if inside < 0.6:
         return None
-    if outside <= 0.4:
+    if outside < _DISC_CORNERS:
         return "radio"
     return "check" if _cover(mine) >= 0.7 else None
 

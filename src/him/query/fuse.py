@@ -18,6 +18,10 @@ INSET_PX: Final = 2
 INK_STEP: Final = 40
 """Difference from the background, of 255, from which a pixel is ink."""
 BORDER_SHARE: Final = 0.95
+INK_SAMPLES: Final = 10_000
+"""Pixels that decide the background."""
+INK_AREA_MAX: Final = 512 * 1024
+"""Pixels of a box that are looked at; a larger one is no line of text."""
 
 Place = tuple[str, int, int]
 """(frame, y, x) of a level-0 tile."""
@@ -75,11 +79,12 @@ def letters(box: Box, buffer: Buffer) -> Box:
     A tree gives a heading or a cell the width of its column; what a person means, and points at, are its letters.
     """
     inner = Box(box.x + INSET_PX, box.y + INSET_PX, box.w - 2 * INSET_PX, box.h - 2 * INSET_PX)
-    if inner.w <= 0 or inner.h <= 0 or inner.intersection(buffer.box) != inner:
+    if inner.w <= 0 or inner.h <= 0 or inner.area > INK_AREA_MAX or inner.intersection(buffer.box) != inner:
         return box
     left, top = inner.x - buffer.box.x, inner.y - buffer.box.y
     pixels = buffer.pixels[top : top + inner.h, left : left + inner.w].astype(np.int16)
-    ground = np.median(pixels.reshape(-1, pixels.shape[2]), axis=0)
+    samples = pixels.reshape(-1, pixels.shape[2])
+    ground = np.median(samples[:: 1 + len(samples) // INK_SAMPLES], axis=0)
     ink = (np.abs(pixels - ground) > INK_STEP).any(axis=2)
     # A line across the whole box is a border.
     ink &= ~(ink.mean(axis=1) > BORDER_SHARE)[:, None]

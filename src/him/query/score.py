@@ -65,8 +65,8 @@ class Features(NamedTuple):
     """What speaks for a place, per mille unless said otherwise.
 
     `text` match of the element's own text; `label` match of what labels it; `part` above 0, its share, when the text
-    is only part of a longer line; `beside` 1 when the label is one by its place alone; `role` −2 (another) … 2 (as asked);
-    `meaning` cosine of the vectors; `words` share of the goal's words held; `seen` confidence of the reading;
+    is only part of a longer line; `beside` 1 when the label is one by its place alone; `role` −2 (another) … 2 (as
+    asked); `meaning` cosine of the vectors; `words` share of the goal's words held; `seen` confidence of the reading;
     `chars` length of the target in characters.
     """
 

@@ -15,7 +15,7 @@ from him.types import Box, Node
 
 BESIDE_MALUS: Final = 30
 _MARKS: Final = frozenset({"checkbox", "radio", "switch"})
-_TEXTS: Final = frozenset({"text", "label", "button", "heading", "cell", ""})
+_TEXTS: Final = frozenset({"text", "label", "button", "cell", ""})
 """Roles that what names a control may have been taken for."""
 
 
@@ -117,12 +117,15 @@ def with_neighbours(rows: SnapshotRows, goal: Goal, matches: list[Match]) -> lis
 
 
 def _nearest_control(rows: SnapshotRows, match: Match, taken: set[tuple[str, str]]) -> Node | None:
-    nodes = rows.frames[int(rows.frame[match.place])].scene.nodes
+    frame = int(rows.frame[match.place])
+    nodes, relations = rows.frames[frame].scene.nodes, rows.relations(frame)
     near = [
         (cost, number)
         for number, node in enumerate(nodes)
         if role_of(node.type) in CONTROLS
         and (match.frame, node.id) not in taken
+        # A mark stands close to its text, so an edge to another text is to be believed.
+        and not (role_of(node.type) in _MARKS and relations.labels(node.id))
         and (cost := _beside(match.box, node.bbox, role_of(node.type))) is not None
     ]
     return nodes[min(near)[1]] if near else None

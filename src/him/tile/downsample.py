@@ -4,7 +4,7 @@ An odd last row or column uses the samples that exist; the result has size ⌈n/
 """
 
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar, cast
 
 import cv2
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from him.errors import UsageError
 
 Array = NDArray[np.generic]
+T = TypeVar("T", bound=np.generic)
 
 
 def halve(values: Array, rule: str) -> Array:
@@ -26,7 +27,7 @@ def halve(values: Array, rule: str) -> Array:
     return RULES[rule](values)
 
 
-def _quads(values: Array) -> tuple[Array, Array, Array, Array]:
+def _quads(values: NDArray[T]) -> tuple[NDArray[T], NDArray[T], NDArray[T], NDArray[T]]:
     """The four samples under each result; a missing one repeats its existing neighbour."""
     height, width = values.shape[:2]
     pad = [(0, height % 2), (0, width % 2)] + [(0, 0)] * (values.ndim - 2)
@@ -50,10 +51,11 @@ def _mean(values: Array) -> Array:
 
 def mean_oracle(values: Array) -> Array:
     """The definition of the mean rule: integers are rounded half up, floats averaged in float64."""
-    a, b, c, d = _quads(values)
     if np.issubdtype(values.dtype, np.integer) and values.dtype.itemsize == 8:
+        a, b, c, d = _quads(cast("NDArray[np.int64]", values))
         # The sum may not fit 64 bits: quarters and remainders are added apart, with the same result.
         return (a >> 2) + (b >> 2) + (c >> 2) + (d >> 2) + (((a & 3) + (b & 3) + (c & 3) + (d & 3) + 2) >> 2)
+    a, b, c, d = _quads(values)
     if np.issubdtype(values.dtype, np.integer):
         total = a.astype(np.int64) + b.astype(np.int64) + c.astype(np.int64) + d.astype(np.int64)
         return ((total + 2) >> 2).astype(values.dtype)
