@@ -13,20 +13,21 @@ through a warm daemon within a few milliseconds.
 
 TYPE_CHECKING = False  # as typing's, whose import would cost a third of what this package costs to load
 if TYPE_CHECKING:
-    from him.app import Repository, SnapshotHandle, open
+    from him.app import Repository, SnapshotHandle, check, open
     from him.errors import HimError
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "open": "him.app",
+    "check": "him.app",
     "Repository": "him.app",
     "SnapshotHandle": "him.app",
     "HimError": "him.errors",
 }
 """Public name → the module it is loaded from when first asked for (PEP 562)."""
 
-__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "open"]
+__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "check", "open"]
 
 
 def __getattr__(name: str) -> object:

@@ -24,7 +24,7 @@ from him.adapters.minilm import MiniLmEncoder
 from him.adapters.pillow import PillowDecoder
 from him.adapters.rapidocr import RapidTextReader
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
-from him.catalog.fsck import Fsck, FsckReport
+from him.catalog.fsck import Fsck, FsckReport, fault_of
 from him.catalog.history import BRANCH, TAG, History
 from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
@@ -114,6 +114,20 @@ def open(
             raise NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
         _create(root, clock, rng)
     return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder())
+
+
+def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
+    """`Repository.fsck` for a repository that may be too damaged to open: what bars it is the report's one fault.
+
+    Raises:
+        NotFoundError: no repository there.
+    """
+    try:
+        repository = open(path)
+    except IntegrityError as error:
+        return FsckReport((fault_of(error),), 0, 0, 0, 0, 0)
+    with repository:
+        return repository.fsck(rebuild=rebuild, progress=progress)
 
 
 def _create(root: Path, clock: Clock, rng: Rng) -> None:
@@ -545,4 +559,4 @@ def _plain(operation: msgspec.Struct) -> dict[str, object]:
     return {"operation": str(operation.__struct_config__.tag), **shown}
 
 
-__all__ = ["HimError", "Repository", "SnapshotHandle", "answer_line", "open"]
+__all__ = ["HimError", "Repository", "SnapshotHandle", "answer_line", "check", "open"]

@@ -553,7 +553,13 @@ def test_threads_of_one_repository_lose_nothing(place: Path) -> None:
 def _write_some(path: str, name: str, count: int) -> None:
     with open_repo(Path(path)) as repo:
         for number in range(count):
-            repo.writable("dev").put("skills", f"{name} {number}".encode(), frame=f"{name}-{number}")
+            while True:
+                try:
+                    repo.writable("dev").put("skills", f"{name} {number}".encode(), frame=f"{name}-{number}")
+                    break
+                except SealedError:
+                    # The other process sealed it in between: the branch has a child by now, or gets one.
+                    continue
             if number % 5 == 4:
                 repo.snapshot("dev").seal()
 

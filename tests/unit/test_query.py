@@ -707,9 +707,3 @@ def test_another_word_is_no_misreading() -> None:
 def test_what_a_tree_does_not_have_is_no_control() -> None:
     assert role_fit("field", "text", "ocr", with_tree=True) == -1
     assert role_fit("field", "text", "ocr") == 0
-
-
-def test_the_text_of_a_control_that_was_not_seen_is_not_answered() -> None:
-    seen = frame_of("f", [("text", "Refund order 5518", (410, 51, 190, 17))], source="ocr")
-    got = ask("find the field labelled 'Refund order 5518'", [seen])
-    assert got.status == "absent"

@@ -212,8 +212,13 @@ class Fsck:
     def _fault(self, error: HimError) -> None:
         if len(error.object) == 64 and error.kind == "integrity":
             self._damaged.add(bytes.fromhex(error.object))
-        fault = Fault(error.object or "repository", error.place, error.message, _RESTORE)
+        fault = fault_of(error)
         self._faults.setdefault((fault.object, fault.place), fault)
+
+
+def fault_of(error: HimError) -> Fault:
+    """A fault as fsck lists it."""
+    return Fault(error.object or "repository", error.place, error.message, _RESTORE)
 
 
 def _within(error: HimError, owner: str) -> IntegrityError:

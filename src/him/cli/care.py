@@ -9,6 +9,7 @@ from typing import Annotated, Final
 
 import typer
 
+import him
 from him.cli.commands import JsonOption, RepoOption, command
 from him.cli.failure import EXIT_CHECK_FAILED
 from him.cli.place import find_repository
@@ -35,8 +36,8 @@ def fsck(
 ) -> None:
     """Verify every stored byte; each fault is named with its place. Exits with 5 when there is one."""
     session = session_of(context)
-    with session.repository(repo) as repository, session.progress("checking") as show:
-        report = repository.fsck(rebuild=rebuild, progress=show)
+    with session.progress("checking") as show:
+        report = him.check(session.repository_path(repo), rebuild=rebuild, progress=show)
     value = report.as_json()
     if json:
         session.json(value)

@@ -6,11 +6,10 @@ from typing import Final
 import msgspec
 
 from him.config import ACCEPT_CONFIDENCE, REJECT_CONFIDENCE
-from him.index.roles import role_of
 from him.query.calibrate import Calibrator, confidence
 from him.query.fuse import State
 from him.query.goal import Goal
-from him.query.score import CONTROLS, TIE_MARGIN, Match
+from him.query.score import TIE_MARGIN, Match
 from him.types import Candidate
 
 FOUND: Final = ("accepted", "tentative")
@@ -42,11 +41,6 @@ def accept(
     if alone < REJECT_CONFIDENCE:
         stale = " (some tiles changed since they were read; ingest again)" if state.stale else ""
         return Verdict("absent", f"the nearest to {what} is '{best.text[:60]}', too unlike it{stale}", None, alone)
-    if goal.role in CONTROLS and best.features.role < 1 and role_of(best.type) not in CONTROLS:
-        # Its label's box would be a wrong answer however sure the text is.
-        return Verdict(
-            "absent", f"the text '{best.text[:60]}' is there, but no {goal.role} was seen with it", None, 0.0
-        )
     if state.is_stale(best.frame, best.box):
         return Verdict("absent", f"the tiles under {what} changed since they were read; ingest the frame again")
     if len(equal) > 1:
