@@ -5,6 +5,7 @@ with him.open("memory", create=True) as repo:
     answer = repo.query("find button 'Submit'", "main")
 """
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from him.errors import (
     IntegrityError,
     LimitError,
     NotFoundError,
+    StorageError,
     UsageError,
     VersionError,
 )
@@ -158,7 +160,7 @@ class Repository:
 
     def __init__(self, path: Path, clock: Clock, rng: Rng, reader: TextReader, encoder: TextEncoder) -> None:
         self.path = path
-        marker = _read_marker(path)
+        self._repository_id = _read_marker(path).repository_id
         self.read_only = not os.access(path, os.W_OK)
         self._clock, self._rng, self._text_reader, self._encoder = clock, rng, reader, encoder
         self._disk = LocalDisk(path, read_only=self.read_only)
@@ -166,7 +168,7 @@ class Repository:
         cache = None if self.read_only else path / "cache"
         self._projection = SqliteProjection(cache / "projection.sqlite" if cache else None)
         self._memo = SqliteMemo(cache / "memo.sqlite" if cache else None)
-        self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(marker.repository_id))
+        self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(self._repository_id))
         writer = f"{platform.node()}:{os.getpid()}"
         self._history = History(self._log, self._projection, self._store, self._memo, clock, rng, writer)
         self._history.refresh()
@@ -361,11 +363,8 @@ class Repository:
             "goal": goal, "frame": frame, "budget_ms": budget_ms, "startup_ms": startup_ms,
         }  # fmt: skip
         line = answer_line(result)
-        save_trace(
-            self._spool,
-            new_trace(
-                trace_id, "query", found.snapshot_id, found.directory.hex(), request, self._pins, recording, line
-            ),
+        self._save_trace(
+            new_trace(trace_id, "query", found.snapshot_id, found.directory.hex(), request, self._pins, recording, line)
         )
         return result
 
@@ -413,11 +412,11 @@ class Repository:
         Raises:
             NotFoundError: no such trace.
         """
-        return replay_trace(load_trace(self._spool, trace_id), self._fresh_pins, self._rerun)
+        return replay_trace(self._load_trace(trace_id), self._fresh_pins, self._rerun)
 
     def traces(self) -> list[str]:
         """Ids of recorded queries, oldest first."""
-        return trace_names(self._spool)
+        return sorted(name for spool in self._spools for name in trace_names(spool))
 
     def _rerun(self, trace: Trace, recorder: Recorder) -> str:
         reader = SnapshotReader(self._store, self._memo, bytes.fromhex(trace.directory))
@@ -454,12 +453,26 @@ class Repository:
     # -- inner
 
     @property
-    def _spool(self) -> LocalDisk:
-        """Where traces go: the repository, or for a read-only one the user's own state folder."""
-        if not self.read_only:
-            return self._disk
+    def _spools(self) -> tuple[LocalDisk, ...]:
+        """Where traces go: the repository; where that refuses (read-only, full), the user's own state folder."""
         home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
-        return LocalDisk(Path(home) / "him" / _read_marker(self.path).repository_id)
+        elsewhere = LocalDisk(Path(home) / "him" / self._repository_id)
+        return (elsewhere,) if self.read_only else (self._disk, elsewhere)
+
+    def _save_trace(self, trace: Trace) -> None:
+        *first, last = self._spools
+        for spool in first:
+            with contextlib.suppress(StorageError):
+                save_trace(spool, trace)
+                return
+        save_trace(last, trace)
+
+    def _load_trace(self, trace_id: str) -> Trace:
+        *first, last = self._spools
+        for spool in first:
+            with contextlib.suppress(NotFoundError):
+                return load_trace(spool, trace_id)
+        return load_trace(last, trace_id)
 
     def _reader(self, found: Snapshot) -> SnapshotReader:
         return SnapshotReader(self._store, self._memo, found.directory)
@@ -547,7 +560,7 @@ def _folder(root: Path) -> list[tuple[str, Path]]:
 
 def _read_array(file: Path) -> Array:
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        return np.lib.format.open_memmap(file, mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UsageError(f"not a .npy array ({error})", object=str(file), fix="write it with numpy.save") from error
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from him.catalog.changes import FrameChange
 from him.catalog.history import History
 from him.catalog.reader import SnapshotReader, bytes_of, kv_plane
-from him.config import FRAME_CELLS_MAX, ROWS_PER_APPEND_MAX, STREAMS
+from him.config import FRAME_CELLS_MAX, ROWS_PER_APPEND_MAX, STREAMS, TILE_BYTES_MAX
 from him.errors import ConflictError, LimitError, NotFoundError, UsageError
 from him.index import row_texts
 from him.perception import pins, see
@@ -110,7 +110,7 @@ class Ingest:
             tree: accessibility nodes in picture pixels.
         """
         began = self._clock.monotonic_ns()
-        checked_name(frame, what="frame")
+        frame = checked_name(frame, what="frame")
         tiles = {(row, column): codec.encode_array(part) for row, column, part in _parts(pixels, STREAMS["screen"])}
         known = self._known(target, frame, tiles, tree)
         if known is not None:
@@ -142,7 +142,7 @@ class Ingest:
     ) -> IngestReport:
         """Store an array of 1–3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim), as a frame's tiles."""
         began = self._clock.monotonic_ns()
-        checked_name(frame, what="frame")
+        frame = checked_name(frame, what="frame")
         spec = self._array_stream(stream)
         attributes: tuple[tuple[str, str], ...] = ()
         if values.ndim == 5:
@@ -154,10 +154,11 @@ class Ingest:
                 fix="give 1 to 3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim)",
             )
         values = values[np.newaxis, :] if values.ndim == 1 else values
+        # Before the branch may be created: what is refused leaves nothing.
+        shape = msgspec.structs.replace(_frame(spec, frame, values), attributes=attributes)
         snapshot = self._history.writable(target)
         origin, epoch, before = snapshot_bytes(snapshot.snapshot_id), self._store.epoch, self._store.written_bytes
         put = self._put_tiles(values, spec, origin, progress)
-        shape = msgspec.structs.replace(_frame(spec, frame, values), attributes=attributes)
         after = self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put.cells, replace=True)], epoch=epoch)
         return IngestReport(
             after.snapshot_id, stream, frame, put.written, len(put.cells) - put.written,
@@ -169,23 +170,26 @@ class Ingest:
     ) -> Snapshot:
         """Put (or, with None, delete) single level-0 cells (row, column) in one commit; the extent grows as needed."""
         spec = self._history.stream(stream)
-        checked_name(frame, what="frame")
+        frame = checked_name(frame, what="frame")
         if not cells or any(not 0 <= n < FRAME_CELLS_MAX for cell in cells for n in cell):
             raise UsageError("tiles are put at rows and columns from 0 up")
-        snapshot = self._history.writable(target)
-        origin, epoch = snapshot_bytes(snapshot.snapshot_id), self._store.epoch
         put: dict[tuple[int, int], BlobId | None] = {}
+        tiles: list[codec.EncodedTile] = []
         shape: Frame | None = None
         for (row, column), value in sorted(cells.items()):
             if value is None:
                 put[row, column] = None
                 continue
-            encoded = self._encoded(spec, value)
-            self._store.put_tile(encoded, origin)
-            put[row, column] = encoded.blob_id
+            tiles.append(self._encoded(spec, value))
+            put[row, column] = tiles[-1].blob_id
             shape = _grown(shape, _cell_frame(spec, frame, row, column, value))
         if shape is None:
-            shape = self._existing(snapshot, stream, frame)
+            shape = self._existing(self._history.snapshot(target), stream, frame)
+        # Only now may the branch be created: what is refused leaves nothing.
+        snapshot = self._history.writable(target)
+        origin, epoch = snapshot_bytes(snapshot.snapshot_id), self._store.epoch
+        for tile in tiles:
+            self._store.put_tile(tile, origin)
         return self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put)], epoch=epoch)
 
     def append(self, target: str, stream: str, rows: Sequence[object], *, writer: str) -> tuple[Snapshot, str]:
@@ -222,11 +226,15 @@ class Ingest:
             found = self._history.snapshot(target)
             reader = SnapshotReader(self._store, self._memo, found.directory)
             stored = msgspec.json.decode(reader.document("scene", frame), type=Scene)
-            encoder = dict(reader.frame("emb", frame).attributes)["encoder"] if stored.nodes else self._encoder.pin()
-        except NotFoundError:
+            entries = {(key.y, key.x): reader.entry(key) for key in reader.keys("screen", frame)}
+            vectors = dict(reader.frame("emb", frame).attributes) if stored.nodes else {"encoder": self._encoder.pin()}
+        except (NotFoundError, msgspec.MsgspecError):
             return None
         ours = tuple((row, column, tile.blob_id.hex()) for (row, column), tile in sorted(tiles.items()))
-        same = stored.tiles == ours and stored.pins == pins(self._reader, tree) and encoder == self._encoder.pin()
+        # The screen itself is looked at too: single tiles of it may have been put since it was read.
+        there = tuple((row, column, one.blob_id.hex()) for (row, column), one in sorted(entries.items()) if one)
+        same = ours == stored.tiles == there and stored.pins == pins(self._reader, tree)
+        same = same and vectors.get("encoder") == self._encoder.pin()
         return (found.snapshot_id, len(stored.nodes)) if same else None
 
     def _vectors(self, texts: Sequence[str]) -> NDArray[np.int8]:
@@ -302,6 +310,9 @@ def _parts(values: Array, spec: StreamSpec) -> Iterator[tuple[int, int, Array]]:
 
 def _frame(spec: StreamSpec, name: str, values: Array) -> Frame:
     channels = values.shape[2] if values.ndim == 3 else 0
+    high, wide = min(spec.tile_height, values.shape[0]), min(spec.tile_width, values.shape[1])
+    if high * wide * max(1, channels) * values.dtype.itemsize > TILE_BYTES_MAX:
+        raise LimitError(f"tiles of {high}×{wide}×{channels} {values.dtype.name} exceed {TILE_BYTES_MAX} bytes")
     if spec.dtype and values.dtype.name != spec.dtype:
         raise UsageError(
             f"stream {spec.name!r} holds {spec.dtype}; got {values.dtype.name}", fix=f"convert it to {spec.dtype}"

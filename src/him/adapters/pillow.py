@@ -37,5 +37,7 @@ class PillowDecoder:
                     return np.array(upright.convert("RGB"), dtype=np.uint8)
         except UnidentifiedImageError as error:
             raise UsageError("not a picture", object=name, fix=f"give a {', '.join(FORMATS)} file") from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Image.DecompressionBombError as error:
+            raise LimitError(f"the picture has too many pixels ({error})", object=name) from error
+        except (OSError, SyntaxError, ValueError) as error:
             raise UsageError(f"the picture cannot be read ({error})", object=name, fix="save it again") from error

@@ -1,5 +1,6 @@
 """Reading one snapshot at one directory hash: frames, entries, verified tiles, whole arrays."""
 
+import unicodedata
 from collections.abc import Iterator
 
 import msgspec
@@ -29,6 +30,7 @@ class SnapshotReader:
 
     def frame(self, stream: str, name: str) -> Frame:
         """The frame's record. Raises NotFoundError."""
+        name = unicodedata.normalize("NFC", name)
         found = self._frames.get((stream, name)) or directory.find(self._store, self.directory, (stream, name))
         if found is None:
             raise NotFoundError(f"the snapshot has no frame {name!r} in stream {stream!r}", object=f"{stream}:{name}")

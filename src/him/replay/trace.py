@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 import msgspec
 from blake3 import blake3
 
-from him.errors import IntegrityError, NotFoundError, UsageError
+from him.errors import HimError, IntegrityError, NotFoundError, UsageError
 from him.ports import Disk
 from him.types import TRACE_PREFIX
 
@@ -139,9 +139,13 @@ class DivergedError(Exception):
 
 def save(disk: Disk, trace: Trace) -> None:
     """Write a trace into the spool. It is evidence, not state: it is not synced on the query's path."""
-    file = disk.open(f"{FOLDER}/{trace.trace_id}.json", create=True)
+    path = f"{FOLDER}/{trace.trace_id}.json"
+    file = disk.open(path, create=True)
     try:
         file.write_at(0, msgspec.json.encode(trace.with_digest(), order="sorted") + b"\n")
+    except HimError:
+        disk.remove(path)
+        raise
     finally:
         file.close()
 
