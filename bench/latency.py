@@ -32,7 +32,9 @@ def run(*, tiny: bool = False) -> Rows:
     yield from _rows("daemon", warm)
     yield from _rows("cold", cold)
     within = sum(answer["status"] != "deadline" for _, answer in warm) / len(warm)
-    yield row("latency", "daemon: answered within 150 ms", round(within, 4), "share", goal=">= 0.99", holds=within >= 0.99)
+    yield row(
+        "latency", "daemon: answered within 150 ms", round(within, 4), "share", goal=">= 0.99", holds=within >= 0.99
+    )
 
 
 def _rows(arm: str, runs: Sequence[tuple[float, dict[str, object]]]) -> Rows:

@@ -1,9 +1,8 @@
-"""Ports for tests: clocks and randomness that repeat, disks that fail on purpose, a reader and an encoder without models.
+"""Ports for tests: a clock and randomness that repeat, disks that fail on purpose, seeing and meaning without models.
 
 A "picture" here is white with rectangles of plain colour, and the colour is the word: `FakeReader` reads it back.
 """
 
-import errno
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from him.adapters.local import LocalDisk
 from him.adapters.sqlite import SqliteProjection
 from him.catalog.fsck import Fsck, FsckReport
 from him.catalog.history import History
@@ -21,7 +19,7 @@ from him.catalog.reader import SnapshotReader
 from him.config import EMBEDDING_DIMS
 from him.errors import NotFoundError, StorageError
 from him.ingest import Ingest
-from him.ports import Disk, File
+from him.ports import Disk
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import blob_id
@@ -357,7 +355,10 @@ class MemFile:
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         whole = bytes(data)
         self._disk.faults.run(
-            "write", self._path, lambda: self._write(offset, whole), lambda: self._write(offset, whole[: len(whole) // 2])
+            "write",
+            self._path,
+            lambda: self._write(offset, whole),
+            lambda: self._write(offset, whole[: len(whole) // 2]),
         )
 
     def size(self) -> int:
@@ -392,50 +393,6 @@ class MemFile:
 
     def close(self) -> None:
         self.unlock()
-
-
-class FaultyDisk:
-    """A LocalDisk whose n-th changing operation fails."""
-
-    def __init__(self, disk: LocalDisk, faults: Faults) -> None:
-        self._disk = disk
-        self.faults = faults
-
-    def open(self, path: str, *, create: bool = False) -> "FaultyFile":
-        return FaultyFile(self._disk.open(path, create=create), path, self.faults)
-
-    def list(self, folder: str) -> list[str]:
-        return self._disk.list(folder)
-
-    def write_whole(self, path: str, data: bytes) -> None:
-        self.faults.run("replace", path, lambda: self._disk.write_whole(path, data))
-
-    def remove(self, path: str) -> None:
-        self.faults.run("remove", path, lambda: self._disk.remove(path))
-
-    def sync_folder(self, folder: str) -> None:
-        self.faults.run("sync_folder", folder, lambda: self._disk.sync_folder(folder))
-
-
-class FaultyFile:
-    """A file of a FaultyDisk."""
-
-    def __init__(self, file: File, path: str, faults: Faults) -> None:
-        self._file, self._path, self._faults = file, path, faults
-        self.read_at, self.size, self.lock = file.read_at, file.size, file.lock
-        self.unlock, self.close = file.unlock, file.close
-
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        half = memoryview(data)[: len(data) // 2]
-        self._faults.run(
-            "write", self._path, lambda: self._file.write_at(offset, data), lambda: self._file.write_at(offset, half)
-        )
-
-    def truncate(self, size: int) -> None:
-        self._faults.run("truncate", self._path, lambda: self._file.truncate(size))
-
-    def sync(self) -> None:
-        self._faults.run("sync", self._path, self._file.sync)
 
 
 # -- a repository without `app`
@@ -479,9 +436,7 @@ class Stack:
             seen[one.snapshot_id] = (one.sealed, one.lamport, tuple(sorted(one.tags.items())), one.parents)
             reader = SnapshotReader(self.store, self.memo, one.directory)
             for frame in reader.frames():
-                cells = {
-                    key: _value(reader.tile(key)) for key in reader.keys(frame.stream, frame.name)
-                }
+                cells = {key: _value(reader.tile(key)) for key in reader.keys(frame.stream, frame.name)}
                 seen[f"{one.snapshot_id} {frame}"] = (frame.height, frame.width, cells)
         return seen
 
@@ -506,11 +461,6 @@ def flip(path: Path, offset: int, bit: int) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 1 << bit]))
-
-
-def full_disk_error() -> OSError:
-    """What the kernel says on a full disk."""
-    return OSError(errno.ENOSPC, "No space left on device")
 
 
 def chunks(items: Sequence[object], sizes: Iterable[int]) -> Iterator[list[object]]:

@@ -133,7 +133,7 @@ def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Prog
 
 
 def _create(root: Path, clock: Clock, rng: Rng) -> None:
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if root.exists() and (not root.is_dir() or not all(_left_by_creation(entry) for entry in root.iterdir())):
         raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     disk = LocalDisk(root)
@@ -142,6 +142,17 @@ def _create(root: Path, clock: Clock, rng: Rng) -> None:
     marker = _Marker(FORMAT_VERSION, rng.token(16).hex(), clock.now_ns())
     # Last, so that a crash leaves either no repository or a whole one.
     disk.write_whole(MARKER, msgspec.json.encode(marker) + b"\n")
+
+
+def _left_by_creation(entry: Path) -> bool:
+    """Whether an interrupted creation left this in the folder, where nothing can be stored yet."""
+    if entry.name.startswith(f"{MARKER}.") and entry.suffix == ".new":
+        return True
+    return (
+        entry.name in ("log", PACK_FOLDER)
+        and entry.is_dir()
+        and not any(not file.is_file() or file.stat().st_size for file in entry.iterdir())
+    )
 
 
 def _read_marker(root: Path) -> _Marker:

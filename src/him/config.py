@@ -32,7 +32,8 @@ DELTA_FLATTEN_RATIO: Final = 0.30
 
 # Limits on what comes from outside
 TILE_BYTES_MAX: Final = 256 * 1024 * 1024
-IMAGE_PIXELS_MAX: Final = 256 * 1024 * 1024
+IMAGE_PIXELS_MAX: Final = 160 * 1024 * 1024
+"""Below what Pillow itself refuses (179 million)."""
 IMAGE_FILE_BYTES_MAX: Final = 512 * 1024 * 1024
 META_BYTES_MAX: Final = 1024 * 1024
 LOG_RECORD_BYTES_MAX: Final = 64 * 1024 * 1024

@@ -65,6 +65,6 @@ def test_the_command_lines_run_in_the_order_they_stand(desk: Path) -> None:
         if line.startswith("cd "):
             folder = desk / line.split()[1]
             continue
-        printed = him(line.replace("tr_…", trace) if trace else line, folder)
+        him(line.replace("tr_…", trace) if trace else line, folder)
         if line.startswith("him query") and "--json" not in line:
             trace = json.loads(him(f"{line} --json", folder))["trace_id"]

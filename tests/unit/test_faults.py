@@ -1,7 +1,7 @@
 """Rule 2 under a disk that fails at every single operation: refused, half done, done but denied, or the power gone.
 
 One workload touches every kind of commit. It runs once for every changing operation it makes, with that one failing.
-Afterwards the repository opens, fsck is clean, everything acknowledged is there byte for byte, and nothing of what failed.
+Afterwards the repository opens, fsck is clean, all that was acknowledged is there byte for byte, and nothing else.
 """
 
 import random
@@ -213,10 +213,10 @@ def test_a_power_loss_loses_nothing_acknowledged(cramped: bool, mode: str, kept:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_power_losses_with_any_unsynced_bytes_kept(cramped: bool, seed: int) -> None:
-    test_seeds = random.Random(seed)
+    rng = random.Random(seed)
     views, operations = expected()
     for at in range(1, operations + 1):
-        disk = new_disk(Faults(at, test_seeds.choice(["power", "power-after"])))
+        disk = new_disk(Faults(at, rng.choice(["power", "power-after"])))
         done = 0
         try:
             stack = Named(disk)

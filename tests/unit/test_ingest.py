@@ -268,7 +268,11 @@ def test_frames_bear_any_name(stack: Stack, name: str) -> None:
 
 def test_names_are_compared_in_one_normal_form(stack: Stack) -> None:
     stack.ingest.tiles("main", "skills", "cafe\u0301", {(0, 0): b"x"})
+    stack.ingest.array("main", "kv_cache", "cafe\u0301", np.ones((2, 2)))
+    stack.ingest.picture("main", "cafe\u0301", picture(50, 200, {(10, 10): "Help"}))
     assert stack.at("main").document("skills", "caf\u00e9") == b"x"
+    assert stack.at("main").document("skills", "cafe\u0301") == b"x"
+    assert {frame.name for frame in stack.at("main").frames()} == {"caf\u00e9"}
 
 
 @pytest.mark.parametrize("name", ["a\0b", "a\nb", "x" * 256, "ü" * 128])
@@ -341,7 +345,9 @@ def bomb(side: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99_999))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(99_999))) + chunk(b"IEND", b"")
+    )
 
 
 WHOLE = png(picture(80, 300, {(10, 10): "Submit"}, noise=3))

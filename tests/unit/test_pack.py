@@ -59,7 +59,9 @@ def test_records_round_trip_through_index_and_walk(sizes: list[int]) -> None:
     for named in ranges:
         found = list(walk(file, NAME, named.start, named.end))
         assert not [one for _, one in found if isinstance(one, IntegrityError)]
-        leaves = [one.header.digest for at, one in found if not isinstance(one, IntegrityError) and at != named.index_offset]
+        leaves = [
+            one.header.digest for at, one in found if not isinstance(one, IntegrityError) and at != named.index_offset
+        ]
         assert merkle.root(leaves) == named.merkle_root
     assert [r.end for r in ranges[:-1]] == [r.start for r in ranges[1:]]
 

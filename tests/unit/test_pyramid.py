@@ -231,7 +231,9 @@ def test_cell_diff_equals_brute_force(one: tuple[int, int, Grid], other: tuple[i
     store = CountingStore()
     before, after = one[2], {**one[2], **other[2]} if related else other[2]
     old_height = page.root_height(one[0], one[1])
-    new_height = page.root_height(max(one[0], other[0]), max(one[1], other[1])) if related else page.root_height(*other[:2])
+    new_height = (
+        page.root_height(max(one[0], other[0]), max(one[1], other[1])) if related else page.root_height(*other[:2])
+    )
     old, new = built(store, before, old_height), built(store, after, new_height)
     found = list(diff.cells(store, old, old_height, new, new_height))
     wanted = {
@@ -378,7 +380,11 @@ TILE = 4
 
 
 def put_image(
-    store: CountingStore, pixels: NDArray[np.uint8], present: set[Cell] | None = None, rule: str = "mean", tile: int = TILE
+    store: CountingStore,
+    pixels: NDArray[np.uint8],
+    present: set[Cell] | None = None,
+    rule: str = "mean",
+    tile: int = TILE,
 ) -> Frame:
     """Store an image in tiny tiles; cells outside `present` are left out."""
     rows, columns = -(-pixels.shape[0] // tile), -(-pixels.shape[1] // tile)

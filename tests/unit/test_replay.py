@@ -129,7 +129,12 @@ def test_drift_is_refused_before_the_start() -> None:
     def never(trace: Trace, recorder: Recorder) -> str:
         raise AssertionError("started")
 
-    for pins in ({**PINS, "encoder": "e2"}, {**PINS, "new": "x"}, {"code": "c1"}, {**PINS, "code": "c2", "python": "4"}):
+    for pins in (
+        {**PINS, "encoder": "e2"},
+        {**PINS, "new": "x"},
+        {"code": "c1"},
+        {**PINS, "code": "c2", "python": "4"},
+    ):
         report = run(recorded(), never, pins)
         assert (report.identical, report.status) == (False, "drift")
         assert report.first_divergence is not None

@@ -75,8 +75,12 @@ def test_kind_and_header_split_are_part_of_the_identity() -> None:
 
 
 @given(
-    st.tuples(st.sampled_from(["s", "t"]), st.text(max_size=3), st.integers(0, 2), st.integers(0, 9), st.integers(0, 9)),
-    st.tuples(st.sampled_from(["s", "t"]), st.text(max_size=3), st.integers(0, 2), st.integers(0, 9), st.integers(0, 9)),
+    st.tuples(
+        st.sampled_from(["s", "t"]), st.text(max_size=3), st.integers(0, 2), st.integers(0, 9), st.integers(0, 9)
+    ),
+    st.tuples(
+        st.sampled_from(["s", "t"]), st.text(max_size=3), st.integers(0, 2), st.integers(0, 9), st.integers(0, 9)
+    ),
 )
 def test_tile_ids_are_equal_only_for_equal_places(
     one: tuple[str, str, int, int, int], other: tuple[str, str, int, int, int]
@@ -134,7 +138,14 @@ def test_shape_and_dtype_are_known_without_values() -> None:
 
 @pytest.mark.parametrize(
     "array",
-    [np.array(5), np.zeros((0, 3)), np.zeros((1, 1, 1, 1, 1)), np.array(["a"]), np.array([None]), np.array([(1, 2)], "i,i")],
+    [
+        np.array(5),
+        np.zeros((0, 3)),
+        np.zeros((1, 1, 1, 1, 1)),
+        np.array(["a"]),
+        np.array([None]),
+        np.array([(1, 2)], "i,i"),
+    ],
     ids=["0-d", "empty", "5-d", "strings", "objects", "records"],
 )
 def test_what_is_no_tile_is_refused(array: Array) -> None:

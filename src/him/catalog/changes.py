@@ -58,6 +58,9 @@ def _changed(
     height = max(height, (first_free + len(change.append)) * shape.tile_height if change.append else 0)
     put = dict(change.cells) | {(first_free + i, 0): blob for i, blob in enumerate(change.append)}
     frame = msgspec.structs.replace(shape, height=height, width=width)
+    if current is not None and not change.replace and (height, width) == (current.height, current.width):
+        # A tile put into a frame of the same extent leaves what the whole frame is bound to.
+        frame = msgspec.structs.replace(frame, attributes=current.attributes)
     keep = current is not None and (not change.replace or _same_grid(current, shape))
     pages, at = (current.root, current.root_height) if keep and current is not None else (update.NOTHING, 0)
     pages, at = update.resize(store, pages, at, frame.rows, frame.columns, cut=change.replace)

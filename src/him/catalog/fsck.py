@@ -15,7 +15,22 @@ from him.pyramid import directory, update
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import KIND_FOOTER, KIND_NAMES, KIND_TILE, blob_id
-from him.types import BlobId, Fault, Frame, PackFinished, PackRange, Snapshot, TileKey
+from him.types import (
+    AttributeSet,
+    Batch,
+    BlobId,
+    Fault,
+    Frame,
+    Operation,
+    PackFinished,
+    PackRange,
+    RefSet,
+    Sealed,
+    Snapshot,
+    SnapshotDropped,
+    SnapshotOpened,
+    TileKey,
+)
 
 Progress = Callable[[int, int, str], None]
 _RESTORE: Final = "restore the object from a copy of the repository"
@@ -49,6 +64,49 @@ class FsckReport(msgspec.Struct, frozen=True):
         }
 
 
+class _Told:
+    """What the log's records say when heard in order."""
+
+    def __init__(
+        self,
+        snapshots: dict[str, tuple[bytes, bool, int]],
+        refs: dict[str, tuple[str, str]],
+        tags: dict[tuple[str, str], str],
+        ranges: dict[str, list[PackRange]],
+    ) -> None:
+        self.seq = 0
+        self.snapshots = snapshots
+        self.refs = refs
+        self.tags = tags
+        self.ranges = ranges
+
+    def hear(self, operation: Operation) -> None:
+        """Take one operation in."""
+        match operation:
+            case SnapshotOpened():
+                self.snapshots[operation.snapshot_id] = (operation.directory, False, 0)
+            case Batch() if operation.snapshot_id in self.snapshots:
+                _, sealed, lamport = self.snapshots[operation.snapshot_id]
+                self.snapshots[operation.snapshot_id] = (operation.directory, sealed, lamport)
+            case Sealed() if operation.snapshot_id in self.snapshots:
+                self.snapshots[operation.snapshot_id] = (operation.directory, True, operation.lamport)
+            case SnapshotDropped():
+                self.snapshots.pop(operation.snapshot_id, None)
+                self.tags = {key: value for key, value in self.tags.items() if key[0] != operation.snapshot_id}
+            case RefSet() if operation.snapshot_id:
+                self.refs[operation.name] = (operation.kind, operation.snapshot_id)
+            case RefSet():
+                self.refs.pop(operation.name, None)
+            case AttributeSet(value=None):
+                self.tags.pop((operation.snapshot_id, operation.key), None)
+            case AttributeSet():
+                self.tags[operation.snapshot_id, operation.key] = operation.value or ""
+            case PackRange():
+                self.ranges.setdefault(operation.pack, []).append(operation)
+            case _:
+                pass
+
+
 class Fsck:
     """One check of a repository; reads everything, changes nothing."""
 
@@ -68,11 +126,13 @@ class Fsck:
     def run(self) -> FsckReport:
         """Check log, packs and reachability."""
         ranges: dict[str, list[PackRange]] = {}
+        told = _Told({}, {}, {}, ranges)
         try:
-            for _, _, record in self._history.records():
+            for seq, _, record in self._history.records():
                 for operation in record.operations:
-                    if isinstance(operation, PackRange):
-                        ranges.setdefault(operation.pack, []).append(operation)
+                    told.hear(operation)
+                told.seq = seq
+            self._catalog(told)
         except HimError as error:
             self._fault(error)
         size = self._packs(ranges)
@@ -82,6 +142,21 @@ class Fsck:
             self._snapshot(found)
         self._refs(snapshots)
         return FsckReport(tuple(self._faults.values()), 0, 0, len(self._tiles), len(ranges), size)
+
+    def _catalog(self, told: "_Told") -> None:
+        """Whether the projection, which has no digests of its own, says what the log says."""
+        self._history.refresh()
+        if self._projection.position()[0] != told.seq:
+            return  # Another process commits right now: both are in motion.
+        known = {one.snapshot_id: (one.directory, one.sealed, one.lamport) for one in self._projection.snapshots()}
+        tags = {(one.snapshot_id, *pair) for one in self._projection.snapshots() for pair in one.tags.items()}
+        ranges: dict[str, list[PackRange]] = {}
+        for _, named in self._projection.ranges(0):
+            ranges.setdefault(named.pack, []).append(named)
+        same = (known, self._projection.refs(), ranges) == (told.snapshots, told.refs, told.ranges)
+        if not (same and tags == {(*key, value) for key, value in told.tags.items() if key[0] in known}):
+            fix = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
+            self._faults["catalog", "cache"] = Fault("catalog", "cache/projection.sqlite", "differs from the log", fix)
 
     # -- packs
 

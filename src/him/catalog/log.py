@@ -198,8 +198,9 @@ class FileLog:
         return None
 
     def _publish(self, end: tuple[int, int, bytes]) -> None:
-        """Let others see what is durable. That it is durable has decided its fate: a refusal here changes nothing,
-        the next holder of the lock publishes it.
+        """Let others see what is durable.
+
+        That it is durable has decided its fate: after a refusal here the next holder of the lock publishes it.
         """
         self._last = end
         data = _END.pack(*end)

@@ -178,7 +178,8 @@ class WarmStore:
         with self._lock:
             self.refresh()
             # What another thread has put since the range was closed waits for its own.
-            self._pending = {blob: at for blob, at in self._pending.items() if self._addresses.find(BlobId(blob)) is None}
+            find = self._addresses.find
+            self._pending = {blob: at for blob, at in self._pending.items() if find(BlobId(blob)) is None}
 
     def finish_if_large(self) -> PackFinished | None:
         """Give the writer's pack its footer once it is large; the next write opens another."""
