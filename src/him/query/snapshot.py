@@ -65,9 +65,7 @@ def _parsed(reader: SnapshotReader, name: str, *, with_vectors: bool) -> FrameSc
     if with_vectors:
         vectors = reader.array("emb", name).astype(np.int8, copy=False)
     if vectors.shape != (len(scene.nodes), EMBEDDING_DIMS):
-        raise IntegrityError(
-            f"{len(scene.nodes)} elements have vectors of shape {vectors.shape}", object=f"emb:{name}"
-        )
+        raise IntegrityError(f"{len(scene.nodes)} elements have vectors of shape {vectors.shape}", object=f"emb:{name}")
     return FrameScene(name, scene, vectors)
 
 
