@@ -11,13 +11,16 @@ import pytest
 from numpy.typing import NDArray
 
 from him.adapters.rapidocr import RapidTextReader
-from him.config import TREE_BYTES_MAX, TREE_NODES_MAX
+from him.config import EMBEDDING_DIMS, TREE_BYTES_MAX, TREE_NODES_MAX
 from him.errors import LimitError, UsageError
+from him.index import FrameScene, SnapshotRows
 from him.perception import parse_tree, see
 from him.perception.lines import cut_at_gaps, cut_at_separators, piece, stitched
 from him.perception.ocr import read
 from him.perception.scene import build
 from him.perception.widgets import find
+from him.query import parse
+from him.query.search import fuse_scores
 from him.types import Box, Node, Scene, TextLine, TreeNode, WidgetBox
 
 SCREENS = Path(__file__).resolve().parents[2] / "examples" / "screens"
@@ -302,6 +305,140 @@ def test_label_left_of_a_field_labels_it() -> None:
     by_id = {node.id: node for node in scene.nodes}
     pairs = {by_id[e.source].text: by_id[e.target].bbox.y for e in scene.edges if e.rel == "labels"}
     assert pairs == {"Port": 6, "Host": 46}
+
+
+def lines_of(*texts: tuple[str, int, int]) -> list[TextLine]:
+    """Lines 13 px high at (x, y), 8 px a letter."""
+    return [TextLine(Box(x, y, 8 * len(text), 13), text, 0.99) for text, x, y in texts]
+
+
+def seen_in(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> tuple[dict[str, Node], Scene]:
+    """What each text labels, and the scene."""
+    scene = build((400, 900), lines, widgets, None, {})
+    by_id = {node.id: node for node in scene.nodes}
+    return {by_id[e.source].text: by_id[e.target] for e in scene.edges if e.rel == "labels"}, scene
+
+
+def test_control_painted_in_two_tones_is_one_control() -> None:
+    picture = white(100, 320)
+    cv2.rectangle(picture, (20, 20), (270, 54), (197, 219, 236), 1)
+    picture[21:37, 21:270], picture[37:54, 21:270] = (232, 244, 254), (220, 236, 251)
+    write(picture, "Harbour", 36, 44)
+    frames = [one for one in find(picture) if one.kind in ("button", "field")]
+    assert [one.kind for one in frames] == ["field"]
+    assert all(abs(a - b) <= 2 for a, b in zip(frames[0].box, Box(20, 20, 251, 35), strict=True))
+
+
+def test_frame_around_two_controls_is_not_a_third() -> None:
+    picture = white(100, 320)
+    cv2.rectangle(picture, (20, 20), (270, 54), (90, 90, 90), 1)
+    cv2.line(picture, (140, 20), (140, 54), (90, 90, 90), 1)
+    assert len([one for one in find(picture) if one.kind in ("button", "field")]) == 2
+
+
+def test_full_square_is_a_box_to_tick_only_beside_a_text() -> None:
+    picture = white(120, 300)
+    for y in (30, 80):
+        picture[y : y + 16, 30:46] = (225, 112, 9)
+    scene = build((120, 300), lines_of(("Whiteboard", 52, 32)), find(picture), None, {})
+    boxes = [node for node in scene.nodes if node.type == "checkbox"]
+    assert [abs(node.bbox.y - 30) <= 2 for node in boxes] == [True]
+
+
+def test_box_to_tick_that_a_button_starts_with_bears_the_button_s_name() -> None:
+    widgets = [WidgetBox(Box(20, 20, 100, 32), "field", 0.9), WidgetBox(Box(34, 28, 16, 16), "check", 0.6)]
+    labels, scene = seen_in(lines_of(("Bold", 58, 29)), widgets)
+    assert node_with(scene, "Bold").type == "button"
+    assert (labels["Bold"].type, labels["Bold"].bbox) == ("checkbox", Box(34, 28, 16, 16))
+
+
+def test_text_area_is_known_by_a_label_left_of_it_or_a_caption_joined_to_it() -> None:
+    lines = lines_of(("Name", 20, 30), ("Message", 20, 80), ("Remarks", 520, 30))
+    widgets = [
+        WidgetBox(Box(160, 20, 300, 36), "field", 0.9),
+        WidgetBox(Box(160, 70, 300, 110), "field", 0.9),
+        WidgetBox(Box(500, 18, 300, 38), "button", 0.9),
+        WidgetBox(Box(501, 56, 298, 100), "field", 0.9),
+    ]
+    labels, _ = seen_in(lines, widgets)
+    assert {text: node.bbox for text, node in labels.items()} == {
+        "Name": Box(160, 20, 300, 36),
+        "Message": Box(160, 70, 300, 110),
+        "Remarks": Box(501, 56, 298, 100),
+    }
+
+
+def test_frame_beside_a_text_but_in_no_column_of_fields_is_no_text_area() -> None:
+    lines, widgets = lines_of(("Yesterday", 20, 80)), [WidgetBox(Box(160, 70, 300, 110), "field", 0.9)]
+    assert [node.type for node in seen_in(lines, widgets)[1].nodes] == ["panel", "text"]
+
+
+def test_icon_of_a_field_read_as_a_letter_does_not_hide_the_field() -> None:
+    lines = [*lines_of(("Password", 20, 20), ("At least 12 letters", 56, 53)), TextLine(Box(32, 51, 15, 16), "8", 0.9)]
+    labels, _ = seen_in(lines, [WidgetBox(Box(20, 40, 300, 40), "field", 0.9)])
+    assert (labels["Password"].type, labels["Password"].text) == ("textbox", "At least 12 letters")
+
+
+def test_filled_rectangle_is_a_field_by_its_hint_or_by_a_label_over_its_corner() -> None:
+    lines = lines_of(("Search mail...", 50, 33), ("Nickname", 20, 90), ("grizzly", 32, 121), ("FOLDERS", 510, 90))
+    lines += lines_of(("Inbox", 510, 121), ("Sign in", 640, 33))
+    widgets = [WidgetBox(Box(x, y, 320, 36), "button", 0.9) for x, y in ((20, 21), (20, 109), (500, 109), (500, 21))]
+    labels, scene = seen_in(lines, widgets)
+    assert node_with(scene, "Search mail...").type == "textbox"
+    assert labels["Nickname"].text == "grizzly"
+    # The chosen row of a menu and a wide button stay what they are.
+    assert node_with(scene, "Inbox").type != "textbox" and node_with(scene, "Sign in").type == "button"
+
+
+def test_text_some_way_off_a_field_to_search_in_does_not_name_it() -> None:
+    widgets, far = [WidgetBox(Box(20, 50, 300, 36), "field", 0.9)], WidgetBox(Box(230, 50, 300, 36), "field", 0.9)
+    assert "Inbox" not in seen_in(lines_of(("Inbox", 20, 17), ("Search...", 30, 62)), widgets)[0]
+    assert "Email" not in seen_in(lines_of(("Email", 20, 62), ("Search...", 240, 62)), [far])[0]
+    assert "Title" in seen_in(lines_of(("Title", 20, 17), ("A story", 30, 62)), widgets)[0]
+
+
+def test_text_area_is_known_by_its_hint_and_a_low_one_by_its_label() -> None:
+    lines = lines_of(("Tell us a bit more...", 30, 32), ("Comment", 500, 22))
+    widgets = [WidgetBox(Box(20, 20, 300, 100), "field", 0.9), WidgetBox(Box(500, 40, 300, 65), "field", 0.9)]
+    labels, scene = seen_in(lines, widgets)
+    assert node_with(scene, "Tell us a bit more...").bbox == Box(20, 20, 300, 100)
+    assert labels["Comment"].bbox == Box(500, 40, 300, 65)
+
+
+def test_sign_at_the_end_of_a_field_is_not_its_value() -> None:
+    lines = [*lines_of(("Postcode", 20, 20), ("12", 32, 53)), TextLine(Box(290, 51, 18, 18), "①", 0.9)]
+    assert seen_in(lines, [WidgetBox(Box(20, 40, 300, 38), "field", 0.9)])[0]["Postcode"].text == "12"
+
+
+def test_empty_pill_beside_a_text_is_a_switch() -> None:
+    labels, _ = seen_in(lines_of(("Invites", 60, 21)), [WidgetBox(Box(20, 20, 32, 16), "field", 0.6)])
+    assert labels["Invites"].type == "checkbox"
+
+
+def test_rows_of_a_form_without_borders_are_fields() -> None:
+    lines = lines_of(("TO", 20, 20), ("Sara Kim", 130, 20), ("Add another...", 220, 20))
+    lines += lines_of(("SUBJECT", 20, 60), ("Final review", 120, 60))
+    tag = WidgetBox(Box(120, 12, 90, 28), "button", 0.9)
+    labels, _ = seen_in(lines, [tag])
+    assert {text: node.text for text, node in labels.items()} == {"TO": "Add another...", "SUBJECT": "Final review"}
+    without_hint = [line for line in lines if line.text != "Add another..."]
+    assert seen_in(without_hint, [tag])[0] == {}
+
+
+def test_switch_at_the_end_of_its_row_is_named_by_the_start_of_the_row() -> None:
+    switch = WidgetBox(Box(700, 20, 36, 20), "check", 0.6)
+    labels, _ = seen_in(lines_of(("Flight mode", 20, 16), ("Stops all radios of it", 20, 34)), [switch])
+    assert list(labels) == ["Flight mode"]
+
+
+def test_label_above_the_prefix_of_a_field_names_the_field() -> None:
+    lines = lines_of(("Site address", 20, 20), ("example.org/", 32, 53), ("Acme", 160, 53))
+    scene = seen_in(lines, [WidgetBox(Box(148, 41, 300, 38), "field", 0.9)])[1]
+    vectors = np.zeros((len(scene.nodes), EMBEDDING_DIMS), np.int8)
+    found = fuse_scores(
+        SnapshotRows.of([FrameScene("page", scene, vectors)]), parse("type into 'Site address'"), None, None
+    )
+    assert found[0].box == Box(148, 41, 300, 38)
 
 
 def test_scene_does_not_depend_on_the_order_of_its_inputs(form: Picture, reader: RapidTextReader) -> None:

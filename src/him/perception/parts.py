@@ -24,6 +24,8 @@ class Part(NamedTuple):
     state: State = ()
     key: str | None = None
     parent: str | None = None
+    label: Box | None = None
+    """Where the text stands that is known to label it."""
 
 
 class Rows:

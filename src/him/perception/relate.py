@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
+from him.perception.bare import is_search
 from him.perception.parts import Part, Rows, overlap_part
 from him.types import Box, Edge
 
@@ -10,7 +11,10 @@ _FIELDS: Final = frozenset({"textbox", "searchbox", "combobox", "spinbutton", "l
 _MARKS: Final = frozenset({"checkbox", "radio", "switch"})
 _LABELS: Final = frozenset({"text", "label", "heading", "legend"})
 _ABOVE_PX: Final = 28
-_LEFT_PX: Final = 240
+LEFT_PX: Final = 240
+"""A label ends at most this far left of its field."""
+_ROW_PX: Final = 720
+"""A switch at the end of a row of settings is at most this far from its name."""
 _ALIGNED_PX: Final = 24
 _MARK_PX: Final = 28
 _ROW_GAP_PX: Final = 160
@@ -52,17 +56,53 @@ def _contains(parts: Sequence[Part]) -> list[tuple[int, int]]:
 def _labels(parts: Sequence[Part]) -> list[tuple[int, int]]:
     """The nearest aligned text of every field and mark."""
     texts = [index for index, part in enumerate(parts) if part.type in _LABELS and part.text]
-    rows = Rows([parts[text].box for text in texts])
+    buttons = [index for index, part in enumerate(parts) if part.type == "button" and part.text]
+    rows, button_rows = Rows([parts[text].box for text in texts]), Rows([parts[button].box for button in buttons])
     found: list[tuple[int, int]] = []
     for index, part in enumerate(parts):
         if part.type not in _FIELDS and part.type not in _MARKS:
             continue
+        beside = [buttons[row] for row in button_rows.near(part.box)]
+        if part.type in _MARKS and (held := [one for one in beside if _starts(part.box, parts[one].box)]):
+            found.append((held[0], index))
+            continue
         cost_of = _field_cost if part.type in _FIELDS else mark_cost
         near = [texts[row] for row in rows.near(part.box.grown(max(_ABOVE_PX, part.box.h)))]
+        if part.label is not None:
+            found += [(text, index) for text in near if parts[text].box == part.label]
+            continue
+        if is_search(part.text):
+            # A field that says it searches is named by that; what stands some way off is a heading or another's.
+            near = [text for text in near if _is_close(parts[text].box, part.box)]
         costs = [(cost, text) for text in near if (cost := cost_of(parts[text].box, part.box)) is not None]
         if costs:
             found.append((min(costs)[1], index))
+        elif part.type in _MARKS and 2 * part.box.w >= 3 * part.box.h:
+            found += [(text, index) for text in _row_start(parts, near, part.box)]
     return found
+
+
+def _row_start(parts: Sequence[Part], texts: Sequence[int], switch: Box) -> list[int]:
+    """The text that names a switch at the end of its row: the upper one of the column next to it, if any."""
+    left = [
+        (switch.x - box.x, box.y, text)
+        for text in texts
+        if (box := parts[text].box).x + box.w <= switch.x
+        and switch.x - box.x - box.w <= _ROW_PX
+        and abs(2 * box.y + box.h - 2 * switch.y - switch.h) <= 2 * switch.h
+    ]
+    return [text for _, _, text in sorted(left)[:1]]
+
+
+def _is_close(label: Box, field: Box) -> bool:
+    """Whether a text is no further above a field than it is high, and no further left than three times that."""
+    return field.y - label.y - label.h <= label.h and field.x - label.x - label.w <= 3 * label.h
+
+
+def _starts(mark: Box, button: Box) -> bool:
+    """Whether a mark is what a button starts with: a box to tick that is drawn as a button."""
+    level = abs(2 * mark.y + mark.h - 2 * button.y - button.h) <= 4
+    return level and overlap_part(mark, button) >= 0.9 and mark.x - button.x <= button.h and 4 * mark.w < button.w
 
 
 def _field_cost(label: Box, field: Box) -> int | None:
@@ -75,7 +115,7 @@ def _field_cost(label: Box, field: Box) -> int | None:
         return 2 * max(0, above) + aligned
     left = field.x - label.x - label.w
     apart = abs(2 * label.y + label.h - 2 * field.y - field.h) // 2
-    if -4 <= left <= _LEFT_PX and apart <= max(8, field.h // 2) and apart * 2 <= field.h:
+    if -4 <= left <= LEFT_PX and apart <= max(8, field.h // 2) and apart * 2 <= field.h:
         return max(0, left) + apart + 4
     return None
 

@@ -6,9 +6,11 @@ Pure rules over rectangles: which text belongs to which control, what labels wha
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
+from him.perception.bare import DOTS, bare_fields, is_placeholder
 from him.perception.fuse import fused
 from him.perception.parts import Part, line_height, median_height, overlap_part, reading_order
-from him.perception.relate import mark_cost, related
+from him.perception.relate import LEFT_PX, mark_cost, related
+from him.perception.widgets import SOLID_CONFIDENCE
 from him.types import Box, Node, Scene, TextLine, TreeNode, WidgetBox
 
 SCENE_VERSION: Final = 1
@@ -43,6 +45,8 @@ _ICON_SIDE_LEAST_PX: Final = 6
 _MARK_RATIO: Final = 1.15
 _MARK_LEAST_PX: Final = 24
 _STACK_PX: Final = 4
+_COLUMN_PX: Final = 3
+"""Fields of one form start at the same column, give or take this."""
 _TALL_PX: Final = 74
 """A bordered rectangle higher than this that is no field is a panel."""
 _FIELD_HEIGHT: Final = 3.4
@@ -97,8 +101,10 @@ def _from_pixels(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> lis
     """What pixels alone show."""
     usual = median_height(lines)
     widgets = [_rescaled(one, usual) for one in widgets]
+    widgets = [WidgetBox(one.box, "check", 0.6) if _is_pill(one, lines, usual) else one for one in widgets]
     marks = [one for one in widgets if one.kind in ("check", "radio") and not _is_letter(one.box, lines)]
     marks = [one for one in marks if not any(_is_badge(one.box, line) for line in lines)]
+    marks = [one for one in marks if one.confidence != SOLID_CONFIDENCE or _is_named(one.box, lines)]
     marks = [one for one in marks if not any(other.box != one.box and _in_mark(one, other) for other in marks)]
     glyphs = _glyphs(lines)
     lines = [line for line in lines if not (line.text in _ROUND and _has_stroke(line.box, (), marks, 0.3))]
@@ -123,15 +129,24 @@ def _from_pixels(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> lis
     for control in sorted(controls, key=lambda one: (one.box, one.kind)):
         inside = [one.box for one in icons if overlap_part(one.box, control.box) >= _INSIDE]
         nested = any(other.box != control.box and overlap_part(other.box, control.box) >= 0.9 for other in controls)
-        part = _control(control, homes.get(control.box, []), inside, nested, usual)
+        held = homes.get(control.box, [])
+        part = _control(control, held, inside, nested, usual)
+        if part is None and not nested and _is_filled_field(control, held, inside, lines, usual):
+            value = held[0] if held else None
+            text, sure = (value.text, value.confidence) if value else ("", round(control.confidence * 0.6, 4))
+            part = Part("textbox", text, control.box, sure, "ocr" if value else "widget")
         if part is None:
-            loose += homes.get(control.box, [])
+            loose += held
         else:
             parts.append(part)
             used += inside
     least = _HEADING_RATIO * usual
-    parts += [_text(line, least) for line in loose]
-    parts += [Part(_mark_type(one, loose), "", one.box, one.confidence, "widget") for one in marks]
+    bare = bare_fields(loose, lines, [one.box for one in controls])
+    parts += [
+        Part("textbox", line.text, line.box, line.confidence, "ocr", label=label.box) for line, label in bare.items()
+    ]
+    parts += [_text(line, least) for line in loose if line not in bare]
+    parts += [Part(_mark_type(one, loose, lines, marks), "", one.box, one.confidence, "widget") for one in marks]
     free = [one for one in icons if one.box not in used and min(one.box.w, one.box.h) >= _ICON_SIDE_LEAST_PX]
     parts += [Part("icon", "", one.box, one.confidence, "widget") for one in free]
     taken = {part.box for part in parts}
@@ -143,11 +158,27 @@ def _from_pixels(lines: Sequence[TextLine], widgets: Sequence[WidgetBox]) -> lis
     return parts
 
 
-def _mark_type(mark: WidgetBox, lines: Iterable[TextLine]) -> str:
-    """A box may stand alone, as in the rows of a table; a ring without a text beside it is an icon or a counter."""
+def _mark_type(
+    mark: WidgetBox, loose: Iterable[TextLine], lines: Iterable[TextLine], marks: Iterable[WidgetBox]
+) -> str:
+    """What a box or a ring is: "checkbox", "radio", or "icon".
+
+    A box may stand alone, as in the rows of a table; a ring without a text beside it is an icon or a counter. A ring
+    and a text in one button are an icon too, unless a like ring in its row offers another choice.
+    """
+    box = mark.box
     if mark.kind == "check":
         return "checkbox"
-    return "radio" if any(mark_cost(line.box, mark.box) is not None for line in lines) else "icon"
+    if _is_named(box, loose):
+        return "radio"
+    level = (one.box for one in marks if one.kind == "radio" and abs(one.box.y - box.y) <= 2 and one.box.x != box.x)
+    alike = [other for other in level if abs(other.h - box.h) <= 2]
+    return "radio" if _is_named(box, lines) and any(_is_named(one, lines) for one in alike) else "icon"
+
+
+def _is_named(mark: Box, lines: Iterable[TextLine]) -> bool:
+    """Whether a text stands beside a mark."""
+    return any(mark_cost(line.box, mark) is not None for line in lines)
 
 
 def _rescaled(widget: WidgetBox, usual: int) -> WidgetBox:
@@ -155,6 +186,14 @@ def _rescaled(widget: WidgetBox, usual: int) -> WidgetBox:
     if widget.kind in ("check", "radio") and widget.box.h > max(_MARK_LEAST_PX, _MARK_RATIO * usual):
         return WidgetBox(widget.box, "button", widget.confidence)
     return widget
+
+
+def _is_pill(widget: WidgetBox, lines: Iterable[TextLine], usual: int) -> bool:
+    """Whether an outline is a switch: empty, no higher than a line, about twice as wide, with a text beside it."""
+    box = widget.box
+    if widget.kind not in ("field", "button") or not 3 * box.h <= 2 * box.w <= 5 * box.h or box.h > usual:
+        return False
+    return _is_named(box, lines) and not any(overlap_part(line.box, box) > 0 for line in lines)
 
 
 def _glyphs(lines: Sequence[TextLine]) -> list[TextLine]:
@@ -208,6 +247,9 @@ def _control(widget: WidgetBox, lines: list[TextLine], icons: list[Box], nested:
     ordered = sorted(lines, key=lambda line: (line.box.y, line.box.x))
     if len(ordered) == 2 and len(ordered[1].text) == 1 and ordered[1].text in _CARETS:
         icons = [*icons, ordered.pop().box]
+    if (sign := _icon_read(widget, ordered)) is not None:
+        ordered.remove(sign)
+        icons = [*icons, sign.box]
     content = ordered[0].box
     for line in ordered[1:]:
         content = content.union(line.box)
@@ -217,12 +259,51 @@ def _control(widget: WidgetBox, lines: list[TextLine], icons: list[Box], nested:
     if box.h > _SNUG_HEIGHT * high or side_by_side or uneven or len(ordered) > 2:
         return None
     kind = _control_type(widget, content, icons, high)
+    text = " ".join(line.text for line in ordered)
+    if kind is None and is_placeholder(text) and len(ordered) == 1 and content.x - box.x <= 2 * box.h:
+        # Wide and filled without a border, with a hint at its start: a field, as a button's words stand snug.
+        kind = "textbox"
     if kind == "textbox" and high >= _HEADING_RATIO * usual:
         return None
-    text = " ".join(line.text for line in ordered)
     if kind is None or (kind != "button" and len(text) > _FIELD_CHARS_MAX):
         return None
     return Part(kind, text, box, min(line.confidence for line in ordered), "ocr")
+
+
+def _is_filled_field(
+    widget: WidgetBox, held: Sequence[TextLine], icons: Sequence[Box], lines: Iterable[TextLine], usual: int
+) -> bool:
+    """Whether a wide filled rectangle without a border is a field: a label above its corner, one text at its start.
+
+    The row chosen in a menu has its heading over its text, not over its corner, and a bar that fills is lower.
+    """
+    box = widget.box
+    if widget.kind != "button" or box.w < 4 * box.h or not usual <= box.h <= _FIELD_HEIGHT * usual:
+        return False
+    if len(held) > 1 or (held and (len(held[0].text) > _FIELD_CHARS_MAX or held[0].box.x - box.x > box.h)):
+        return False
+    if not held and (box.h < _EMPTY_FIELD_PX[0] or icons):
+        return False
+    return any(
+        abs(line.box.x - box.x) <= _COLUMN_PX and 0 <= box.y - line.box.y - line.box.h <= usual for line in lines
+    )
+
+
+def _icon_read(widget: WidgetBox, texts: Sequence[TextLine]) -> TextLine | None:
+    """Of two texts in a field the one that is an icon at its start or end (a lock, a warning) read as a letter."""
+    if widget.kind != "field" or len(texts) != 2:
+        return None
+    box, (first, second) = widget.box, sorted(texts, key=lambda line: (line.box.x, line.box))
+    a, b = first.box, second.box
+    if abs(2 * a.y + a.h - 2 * b.y - b.h) > max(a.h, b.h) or (b.x - a.x - a.w) * 4 < min(a.w, b.w):
+        return None
+    signs = [
+        line
+        for line, room in ((first, a.x - box.x), (second, box.x + box.w - b.x - b.w))
+        if len(line.text) <= 2 and line.box.w * 2 <= line.box.h * 3 and room <= box.h // 2
+    ]
+    # Of a short value and an icon the icon is the stranger sign.
+    return min(signs, key=lambda line: (line.text.isascii(), len(line.text), line.box), default=None)
 
 
 def _control_type(widget: WidgetBox, content: Box, icons: list[Box], high: int) -> str | None:
@@ -252,27 +333,53 @@ def _control_type(widget: WidgetBox, content: Box, icons: list[Box], high: int) 
 
 
 def _areas(widgets: Sequence[WidgetBox], lines: Sequence[TextLine], usual: int) -> list[Part]:
-    """Fields of several lines: tall bordered rectangles with a label right above them and only text inside."""
+    """Fields of several lines: tall bordered rectangles with a label or a hint and only text inside."""
     found: list[Part] = []
     frames = [one.box for one in widgets if one.kind in ("button", "field", "panel", "check", "radio")]
+    fields = [one.box for one in widgets if one.kind == "field" and one.box.h <= _FIELD_HEIGHT * usual]
     for one in widgets:
         box = one.box
-        if one.kind != "field" or box.h <= _FIELD_HEIGHT * usual:
+        if one.kind != "field" or box.h <= min(_FIELD_HEIGHT * usual, _EMPTY_FIELD_PX[1]):
             continue
-        labelled = any(
-            abs(line.box.x - box.x) <= usual // 2 and -usual // 3 <= box.y - line.box.y - line.box.h <= usual
-            for line in lines
-        )
         holds = any(frame != box and overlap_part(frame, box) >= 0.9 for frame in frames)
         inside = sorted(
             (line for line in lines if overlap_part(line.box, box) >= _INSIDE),
             key=lambda line: (line.box.y, line.box.x),
         )
         begins = not inside or (inside[0].box.x - box.x <= usual and inside[0].box.y - box.y <= usual)
+        in_column = any(abs(field.x - box.x) <= _COLUMN_PX for field in fields)
+        captioned = not inside and _has_caption(box, frames, usual)
+        hinted = len(inside) == 1 and inside[0].text.endswith(DOTS)
+        labelled = hinted or any(
+            _is_above(line.box, box, usual, anywhere=captioned) or (in_column and _is_left(line.box, box, usual))
+            for line in lines
+        )
         if labelled and begins and not holds:
             confidence = min((line.confidence for line in inside), default=one.confidence)
             found.append(Part("textbox", " ".join(line.text for line in inside), box, round(confidence, 4), "ocr"))
     return found
+
+
+def _has_caption(area: Box, frames: Iterable[Box], usual: int) -> bool:
+    """Whether a frame one line high and as wide as the area is joined to its upper side."""
+    return any(
+        abs(frame.x - area.x) <= _COLUMN_PX
+        and abs(frame.w - area.w) <= 2 * _COLUMN_PX
+        and abs(frame.y + frame.h - area.y) <= _STACK_PX
+        and frame.h <= _FIELD_HEIGHT * usual
+        for frame in frames
+    )
+
+
+def _is_above(label: Box, area: Box, usual: int, *, anywhere: bool) -> bool:
+    """Whether a text stands right above the start of an area, or anywhere above it in a caption."""
+    aligned = abs(label.x - area.x) <= usual // 2 or (anywhere and area.x <= label.x < area.x + area.w)
+    return aligned and -usual // 3 <= area.y - label.y - label.h <= usual
+
+
+def _is_left(label: Box, area: Box, usual: int) -> bool:
+    """Whether a text stands left of the first line of an area."""
+    return 0 <= area.x - label.x - label.w <= LEFT_PX and 0 <= label.y - area.y <= usual
 
 
 def _empty_control(widget: WidgetBox, icons: list[Box]) -> Part | None:

@@ -33,6 +33,9 @@ _PANEL_LEAST_PX: Final = (80, 48)
 _DISC_CORNERS: Final = 0.395
 """Corners of the square around a disc that an area may fill: a small ring fills up to 0.39, a rounded box from 0.40."""
 _BORDER: Final = 10
+SOLID_CONFIDENCE: Final = 0.55
+"""Of a full square without a border: a box to tick only if a text stands beside it (`scene` decides)."""
+_OUTLINE_CONFIDENCE: Final = 0.6
 _ICON_PX: Final = (2, 56)
 _ICON_HEIGHT_LEAST: Final = 4
 _ICON_JOIN_PX: Final = 3
@@ -59,7 +62,9 @@ def find(picture: NDArray[np.uint8]) -> tuple[WidgetBox, ...]:
         return ()
     edges = _edges(picture)
     found = _rectangles(picture, edges)
-    found += _marks(edges)
+    marks, outlines = _outlines(edges)
+    found = _with_outlines(picture, found, outlines)
+    found += marks
     found += _icons(edges)
     found = _with_switches(found)
     best: dict[tuple[Box, str], WidgetBox] = {}
@@ -116,8 +121,11 @@ def _named(picture: NDArray[np.uint8], labels: MatLike, area: _Area) -> WidgetBo
         # An icon in a square button leaves a hole as a tick does: which it is, the scene decides by the text's size.
         solid = _filled(mine)
         holed = np.count_nonzero(solid) * 20 >= np.count_nonzero(mine) * 21
-        kind = _mark_kind(solid) if holed or _is_bordered(picture, box) else None
-        return WidgetBox(outer, kind, 0.8) if kind is not None else None
+        kind = _mark_kind(solid)
+        if holed or _is_bordered(picture, box):
+            return WidgetBox(outer, kind, 0.8) if kind is not None else None
+        # A full square may be a box to tick without a border; a full disc is mostly a dot that tells a state.
+        return WidgetBox(outer, kind, SOLID_CONFIDENCE) if kind == "check" else None
     cover = _cover(mine)
     if cover < _SIDE_COVER:
         return None
@@ -168,24 +176,47 @@ def _mark_kind(mine: NDArray[np.bool_]) -> str | None:
     return "check" if _cover(mine) >= 0.7 else None
 
 
-def _marks(edges: NDArray[np.uint8]) -> list[WidgetBox]:
-    """Checked boxes and chosen radios: small closed outlines with strokes inside, found by their edges alone."""
+def _outlines(edges: NDArray[np.uint8]) -> tuple[list[WidgetBox], list[Box]]:
+    """Closed outlines, found by their edges alone: checked boxes and chosen radios, and boxes of a control's size."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(edges, connectivity=8, ltype=cv2.CV_32S)
     if count < 2:
-        return []
+        return [], []
     low, high = _CHECK_PX
     w, h = stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT]
-    likely = (w >= low + 2) & (h >= low + 2) & (w <= high + 2) & (h <= high + 2) & (np.abs(w - h) <= 2)
+    small = (w >= low + 2) & (h >= low + 2) & (w <= high + 2) & (h <= high + 2) & (np.abs(w - h) <= 2)
+    control = (h >= _CONTROL_HEIGHT_PX[0]) & (h <= _CONTROL_HEIGHT_PX[1]) & (w >= _FIELD_WIDTH_LEAST) & (w * 5 >= h * 6)
+    likely = (small | control) & (stats[:, cv2.CC_STAT_AREA] >= 2 * (w + h))
     likely[0] = False
-    found: list[WidgetBox] = []
+    marks: list[WidgetBox] = []
+    controls: list[Box] = []
     for label in np.flatnonzero(likely).tolist():
         x, y, width, height, pixels = (int(value) for value in stats[label])
         outline = labels[y : y + height, x : x + width] == label
-        kind = _mark_kind(_filled(outline))
         # An edge lies on the pixel after the step: the control starts where the edge does and ends one before.
-        if kind is not None and pixels >= 3 * (width + height) and _is_closed(outline):
-            found.append(WidgetBox(Box(x, y, width - 1, height - 1), kind, 0.6))
-    return found
+        box = Box(x, y, width - 1, height - 1)
+        if not _is_closed(outline):
+            continue
+        if not small[label]:
+            controls.append(box)
+        elif pixels >= 3 * (width + height) and (kind := _mark_kind(_filled(outline))) is not None:
+            marks.append(WidgetBox(box, kind, 0.6))
+    return marks, controls
+
+
+def _with_outlines(picture: NDArray[np.uint8], found: list[WidgetBox], outlines: list[Box]) -> list[WidgetBox]:
+    """Controls painted in two tones or in a gradient, whose inside is no flat area; their tones go."""
+    frames = [one for one in found if one.kind in ("button", "field", "panel")]
+    tones: set[Box] = set()
+    added: list[WidgetBox] = []
+    for outline in outlines:
+        inside = [one.box for one in frames if one.box.intersection(outline).area * 10 >= one.box.area * 9]
+        # Anything narrower is a control of its own, and a flat area as high as the outline is the control already.
+        if any(abs(box.w - outline.w) > 6 or box.h * 5 > outline.h * 4 for box in inside):
+            continue
+        inner = Box(outline.x + 1, outline.y + 1, outline.w - 2, outline.h - 2)
+        added.append(WidgetBox(outline, "field" if _is_bordered(picture, inner) else "button", _OUTLINE_CONFIDENCE))
+        tones.update(inside)
+    return [one for one in found if one.box not in tones] + added
 
 
 def _with_switches(found: list[WidgetBox]) -> list[WidgetBox]:

@@ -77,7 +77,7 @@ def _beside(text: Box, control: Box, role: str) -> int | None:
         level = abs(2 * control.y + control.h - 2 * text.y - text.h) // 2
         return max(0, apart) + level if -unit <= apart <= 2 * unit and level <= unit else None
     below = control.y - text.y - text.h
-    if -unit // 3 <= below <= 3 * unit // 2 and -unit <= text.x - control.x + 8 * unit <= 9 * unit:
+    if -unit // 3 <= below <= 3 * unit // 2 and -unit <= text.x - control.x + 10 * unit <= 11 * unit:
         return 2 * max(0, below) + abs(text.x - control.x) // 2
     gap, drop = control.x - text.x - text.w, text.y - control.y
     low = max(control.h - text.h, 0)
