@@ -561,3 +561,12 @@ def test_real_screen_is_understood(reader: RapidTextReader) -> None:
     by_id = {node.id: node for node in scene.nodes}
     labels = {(by_id[e.source].text, by_id[e.target].type) for e in scene.edges if e.rel == "labels"}
     assert ("Remember Me", "checkbox") in labels
+
+
+def test_a_word_that_begins_with_a_round_letter_keeps_it() -> None:
+    ring = WidgetBox(Box(62, 17, 16, 17), "radio", 0.6)
+    texts = {"Option 1": "Option 1", "ORemember": "Remember", "O Remember": "Remember"}
+    for as_read, expected in texts.items():
+        line = TextLine(Box(61, 15, 87, 24), as_read, 0.99)
+        scene = build((60, 200), [line], [ring], None, {})
+        assert expected in {node.text for node in scene.nodes}, as_read

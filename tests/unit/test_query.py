@@ -225,6 +225,81 @@ def test_unquoted_words_may_all_belong_to_the_text() -> None:
     assert "search box" in parse("find the search box").variants
 
 
+@pytest.mark.parametrize(
+    ("goal", "text", "context"),
+    [
+        ("open Layout Options in the side menu", "Layout Options", "side menu"),
+        ("where is Beverly Armstrong in the table", "Beverly Armstrong", "table"),
+        ("Next page of the table", "Next", "table"),
+        ("the Edit link in the Users table of the Admin panel", "Edit", "Users table"),
+        *[
+            (f"go to Billing in the {where}", "Billing", where)
+            for where in ("toolbar", "sidebar", "footer", "header", "dialog", "list", "form", "navigation", "menu")
+        ],
+        ("find Billing under the panel", "Billing", "panel"),
+        ("find Billing on the page", "Billing", ""),
+        ("find Billing on the screen", "Billing", ""),
+        ("find Sign in on the login form", "Sign in", "login form"),
+    ],
+)
+def test_surroundings_of_an_unquoted_target_are_its_context(goal: str, text: str, context: str) -> None:
+    got = parse(goal)
+    assert (got.text, got.context) == (text, context)
+
+
+@pytest.mark.parametrize(
+    "text", ["Sign in", "Terms of service", "Log in to continue", "Lord of the Rings", "Back to the list", "Log on"]
+)
+def test_a_target_with_a_preposition_of_its_own_stays_whole(text: str) -> None:
+    for goal in (text, f"find {text}", f"click {text} in the footer"):
+        assert parse(goal).text == text
+
+
+@pytest.mark.parametrize(
+    ("goal", "role", "text"),
+    [
+        ("open the Components menu", "menu", "Components"),
+        ("go to the Junk folder", "", "Junk"),
+        ("Compose button", "button", "Compose"),
+        ("open the Settings page", "", "Settings"),
+        ("mail icon", "icon", "mail"),
+        ("Users tab", "tab", "Users"),
+        ("find the Shipping section", "area", "Shipping"),
+        ("open the Preferences dialog", "", "Preferences"),
+        ("open the menu", "", "menu"),
+        ("New folder", "", "New folder"),
+        ("click Save page", "", "Save page"),
+    ],
+)
+def test_a_kind_after_an_unquoted_target_is_no_part_of_it(goal: str, role: str, text: str) -> None:
+    got = parse(goal)
+    assert (got.role, got.text) == (role, text)
+
+
+@pytest.mark.parametrize(
+    ("goal", "verb", "role", "text"),
+    [
+        ("type the Caption", "type", "field", "Caption"),
+        ("type in Caption", "type", "field", "Caption"),
+        ("type into the Caption", "type", "field", "Caption"),
+        ("enter the Postal code", "type", "field", "Postal code"),
+        ("fill in Remarks", "type", "field", "Remarks"),
+        ("go to the Inbox", "click", "", "Inbox"),
+        ("look for Invoices", "find", "", "Invoices"),
+        ("select Berlin", "click", "", "Berlin"),
+        ("choose the Berlin option", "click", "option", "Berlin"),
+        ("tick Remember me", "click", "checkbox", "Remember me"),
+        ("check the Newsletter", "click", "checkbox", "Newsletter"),
+        ("toggle sidebar", "click", "", "sidebar"),
+        ("Type", "type", "", "Type"),
+        ("Enter", "type", "", "Enter"),
+    ],
+)
+def test_a_verb_is_no_text_and_may_imply_a_role(goal: str, verb: str, role: str, text: str) -> None:
+    got = parse(goal)
+    assert (got.verb, got.role, got.text) == (verb, role, text)
+
+
 def test_relation_context_and_ordinal_are_read() -> None:
     goal = parse("the second 'Edit' button in the 'Users' table")
     assert (goal.ordinal, goal.context) == (2, "Users")
@@ -445,6 +520,45 @@ def test_ordinals_and_neighbours_settle_a_tie() -> None:
     assert ask("the second 'Edit' link", [users()]).as_json()["bbox"] == [900, 260, 50, 30]
     assert ask("the last 'Edit' link", [users()]).as_json()["bbox"] == [900, 320, 50, 30]
     assert ask("the 'Delete' button next to 'Bob'", [users()]).as_json()["bbox"] == [1000, 260, 70, 30]
+
+
+def test_surroundings_of_an_unquoted_goal_settle_a_tie_or_are_ignored() -> None:
+    assert ask("the Delete button in the Bob row", [users()]).as_json()["bbox"] == [1000, 260, 70, 30]
+    assert ask("the Delete button in the side menu", [users()]).status == "ambiguous"
+    assert ask("the Sign in button in the side menu", [login()]).as_json()["bbox"] == [700, 420, 120, 40]
+
+
+@pytest.mark.parametrize(
+    ("goal", "whole", "short"),
+    [
+        ("show archive", ("text", "Show archive"), ("link", "Archive")),
+        ("users tab", ("text", "Users tab"), ("tab", "Users")),
+        ("check out", ("button", "Check out"), ("checkbox", "Out")),
+        ("go to the Settings page", ("link", "Settings page"), ("link", "Settings")),
+        ("Next page", ("button", "Next page"), ("button", "Next")),
+    ],
+)
+def test_a_whole_text_that_is_shown_wins_over_a_part_of_the_goal(
+    goal: str, whole: tuple[str, str], short: tuple[str, str]
+) -> None:
+    both = frame_of("f", [(*short, (100, 100, 120, 30)), (*whole, (100, 300, 120, 30))])
+    assert ask(goal, [both]).as_json()["bbox"][1] >= 300
+    alone = frame_of("f", [(*short, (100, 100, 120, 30))])
+    assert ask(goal, [alone]).candidates[0].bbox == Box(100, 100, 120, 30)
+
+
+def test_a_heading_of_the_whole_words_is_not_the_tab_they_ask_for() -> None:
+    both = frame_of("f", [("tab", "Users", (100, 100, 120, 30)), ("heading", "Users tab", (100, 300, 120, 30))])
+    assert ask("users tab", [both]).as_json()["bbox"] == [100, 100, 120, 30]
+
+
+def test_a_label_that_ends_in_the_noun_of_its_control_means_the_control() -> None:
+    seen = frame_of(
+        "f",
+        [("text", "Email field", (100, 100, 90, 20)), ("textbox", "", (100, 130, 300, 40))],
+        [Edge("n0", "n1", "labels")],
+    )
+    assert ask("find the Email field", [seen]).as_json()["bbox"] == [100, 130, 300, 40]
 
 
 def test_a_click_means_the_link_and_not_the_heading_of_that_name() -> None:

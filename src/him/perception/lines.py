@@ -164,7 +164,8 @@ def _without_marks(picture: NDArray[np.uint8], box: Box, marks: Sequence[Box]) -
     start = 0
     for mark in inside:
         left, right = mark.x - box.x, mark.x + mark.w - box.x
-        gap = max(3, box.h // 8)
+        # Letters of a word stand closer than a box and its label do, and both distances grow with the scale.
+        gap = max(3, mark.h // 4)
         touched = ink[max(0, left - gap) : max(0, left - 1)].any() or ink[right + 2 : right + gap + 1].any()
         # A box to tick is at least as high as the letters beside it; a round letter is lower than they are.
         if touched or mark.h <= least:

@@ -31,7 +31,9 @@ _PREFIXES: Final = {
     "text": "txt",
     "textbox": "fld",
 }
-_HEADING_RATIO: Final = 1.25
+_HEADING_RATIO: Final = 1.4
+"""A text this many times as high as most is a heading; less may be an icon read with its word."""
+_LARGE_RATIO: Final = 1.25
 _SNUG_HEIGHT: Final = 3.4
 """A control is at most this many times as high as the text it is the button of."""
 _SNUG_SIDES: Final = 9
@@ -59,6 +61,8 @@ _WIDE_FROM: Final = 0x2E80
 _PLAIN_SIGNS: Final = frozenset("?!+#%&@$€£-–—/|*=<>:")
 _ROUND: Final = frozenset(("0", "O", "o", "○", "C", "Q", "V", "v", "口"))
 """What a tick, a ring or a box is read as."""
+_ROUND_LETTERS: Final = frozenset("OQCGDo0")
+_ROUND_FOLLOWERS: Final = frozenset("0123456789.,:%/-")
 _CARETS: Final = frozenset("Vv∨⌄▾▼˅~﹀Y一>›")
 
 
@@ -263,7 +267,7 @@ def _control(widget: WidgetBox, lines: list[TextLine], icons: list[Box], nested:
     if kind is None and is_placeholder(text) and len(ordered) == 1 and content.x - box.x <= 2 * box.h:
         # Wide and filled without a border, with a hint at its start: a field, as a button's words stand snug.
         kind = "textbox"
-    if kind == "textbox" and high >= _HEADING_RATIO * usual:
+    if kind == "textbox" and high >= _LARGE_RATIO * usual:
         return None
     if kind is None or (kind != "button" and len(text) > _FIELD_CHARS_MAX):
         return None
@@ -398,11 +402,21 @@ def _empty_control(widget: WidgetBox, icons: list[Box]) -> Part | None:
 
 
 def _is_letter(box: Box, lines: Iterable[TextLine]) -> bool:
-    """Whether a mark lies within a text, where it is the inside of a letter, rather than at its start."""
+    """Whether a mark lies within a text, where it is the inside of a letter, or is the round letter it begins with."""
     return any(
-        overlap_part(box, line.box) >= 0.5 and (box.x - line.box.x > line_height(line) or box.h * 3 < line_height(line))
+        overlap_part(box, line.box) >= 0.5
+        and (
+            box.x - line.box.x > line_height(line)
+            or box.h * 3 < line_height(line)
+            or (_begins_round(line.text) and box.h <= line.box.h)
+        )
         for line in lines
     )
+
+
+def _begins_round(text: str) -> bool:
+    """Whether a word begins with a letter like a ring; a real ring stands before a capital or a space."""
+    return len(text) > 1 and text[0] in _ROUND_LETTERS and (text[1].islower() or text[1] in _ROUND_FOLLOWERS)
 
 
 def _clear_of_marks(line: TextLine, marks: Iterable[WidgetBox]) -> TextLine:

@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -17,15 +18,17 @@ VERBS: Final[dict[str, str]] = {
     "push": "click", "hit": "click", "tap": "click", "tap on": "click", "select": "click", "choose": "click",
     "pick": "click", "open": "click", "activate": "click", "toggle": "click", "check": "click", "tick": "click",
     "uncheck": "click", "expand": "click", "collapse": "click", "close": "click", "switch to": "click",
-    "type in": "type", "type into": "type", "enter text in": "type", "focus": "type", "fill in": "type", "fill": "type",
+    "type in": "type", "type into": "type", "type": "type", "enter text in": "type", "enter text into": "type",
+    "enter": "type", "focus": "type", "fill in": "type", "fill out": "type", "fill": "type",
 }  # fmt: skip
 """Opening words of a goal → what is to be done: find, click or type."""
 
 VERB_ROLES: Final[dict[str, str]] = {
     "tick": "checkbox", "check": "checkbox", "uncheck": "checkbox", "toggle": "switch", "type in": "field",
-    "type into": "field", "enter text in": "field", "fill in": "field", "fill": "field",
+    "type into": "field", "type": "field", "enter text in": "field", "enter text into": "field", "enter": "field",
+    "fill in": "field", "fill out": "field", "fill": "field",
 }  # fmt: skip
-"""What a verb is done to, when a quoted target comes without a noun."""
+"""What a verb is done to, when the target comes without a noun; toggled are also buttons, so there only when quoted."""
 
 NOUNS: Final[dict[str, str]] = {
     "push button": "button", "toggle button": "button", "radio button": "radio", "menu button": "button",
@@ -51,6 +54,38 @@ NOUNS_BESIDE_QUOTES: Final[dict[str, str]] = {
 }  # fmt: skip
 """Nouns that may as well belong to the text looked for, so they count only when that text is quoted. A text can stand
 on anything, so it is no role."""
+
+KINDS: Final[dict[str, str]] = {
+    "menu": "menu", "submenu": "menu", "toggle": "switch", "option": "option", "item": "menuitem", "image": "icon",
+    "picture": "icon", "logo": "icon", "dialog": "area", "dialogue": "area", "window": "area", "panel": "area",
+    "table": "area", "form": "area", "group": "area", "section": "area", "page": "", "screen": "", "view": "",
+    "folder": "", "mailbox": "", "category": "", "list": "", "card": "", "tile": "", "row": "", "column": "",
+    "pane": "", "popup": "", "pop-up": "",
+}  # fmt: skip
+"""What else a person calls a thing when its name comes first: "Junk folder" → its role, or "" where it has none. What
+is clicked to reach an area is no area."""
+
+REGIONS: Final = frozenset(
+    {
+        "toolbar", "tool bar", "sidebar", "side bar", "navbar", "nav bar", "menu bar", "menubar", "title bar",
+        "status bar", "tab bar", "bar", "footer", "header", "banner", "dialog", "dialogue", "modal", "popup", "pop-up",
+        "list", "form", "navigation", "nav", "menu", "submenu", "dropdown", "drop-down", "panel", "pane", "page",
+        "screen", "view", "window", "table", "grid", "row", "column", "tree", "section", "group", "area", "card",
+        "drawer", "tab", "tabs", "box", "folder", "breadcrumb", "breadcrumbs", "side", "corner", "top", "bottom",
+        "left", "right", "middle", "center", "centre",
+    }
+)  # fmt: skip
+"""Nouns of surroundings: "… in the side menu" says where an unquoted target lies."""
+
+_ACTS: Final = frozenset(
+    {
+        "add", "archive", "close", "copy", "create", "delete", "download", "duplicate", "edit", "export", "import",
+        "insert", "leave", "manage", "merge", "move", "new", "open", "print", "refresh", "reload", "remove", "rename",
+        "reset", "save", "send", "share", "show", "upload", "view",
+    }
+)  # fmt: skip
+"""Before a kind these have it as their object: "New folder" is no folder called New."""
+_REGION_WORDS_MAX: Final = 4
 
 _QUOTES: Final = re.compile(
     r"“([^”]*)”|«([^»]*)»|„([^“”]*)[“”]|‘((?:[^’]|’(?=\w))*)’(?!\w)"
@@ -78,7 +113,7 @@ _ORDINALS: Final = {
 }
 
 
-def _alternatives(words: dict[str, str]) -> str:
+def _alternatives(words: Iterable[str]) -> str:
     # Longest first: "menu item" before "menu"; a plural "s" is let pass.
     return "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in sorted(words, key=lambda w: (-len(w), w)))
 
@@ -96,6 +131,15 @@ _NOUN_FIRST: Final = re.compile(rf"^(?P<noun>{_alternatives(NOUNS)})\s+(?P<text>
 _NOUN_INSIDE: Final = re.compile(
     rf"^(?P<text>.+?)\s+(?P<noun>{_alternatives(NOUNS)})\s+{_PLACED}\s+(?P<context>.+)$", re.IGNORECASE
 )
+_KIND_LAST: Final = re.compile(rf"^(?P<text>.+?)\s+(?P<noun>{_alternatives(KINDS)})$", re.IGNORECASE)
+_REGION_LAST: Final = re.compile(
+    r"^(?P<text>.+)\s+(?:in|on|of|at|from|inside|under|within)\s+the\s+"
+    rf"(?P<context>(?:\S+\s+){{0,{_REGION_WORDS_MAX}}}?(?:{_alternatives(REGIONS)}))$",
+    re.IGNORECASE,
+)
+_LINKING: Final = re.compile(r"(?<!\w)(?:the|a|an|this|that|my|your|all|to|of|in|on|at|for|and|or|by)$", re.IGNORECASE)
+"""Words a name does not end in: "Back to the list" is no list called "Back to the"."""
+_REGION_NOUN: Final = re.compile(rf"(?:^|\s+)(?:{_alternatives(REGIONS)})$", re.IGNORECASE)
 _HERE: Final = re.compile(
     r"\s+(?:(?:in|on|of|at)\s+(?:the|this)\s+(?:page|screen|window|picture|screenshot)|here)$", re.IGNORECASE
 )
@@ -110,7 +154,7 @@ class Goal(msgspec.Struct, frozen=True):
         verb: "find", "click", "type" or "".
         role: a role of `him.index.roles`, or "".
         text: the target text; "" when only a role is asked for.
-        variants: texts that may be meant, `text` first; one unless the target stood unquoted.
+        variants: texts that may be meant, `text` first, then longer readings; one unless the target stood unquoted.
         quoted: the target stood in quotation marks.
         relation: "label" or "placeholder" when the goal says that is what the text is; else "".
         context: text of something the target lies in or near; "" when none is named.
@@ -191,21 +235,50 @@ def _quoted(raw: str, quotes: list[re.Match[str]]) -> Goal:
     return Goal(raw, VERBS.get(verb, ""), role, text, (text,), True, relation, context, ordinal)
 
 
+def region_name(context: str) -> str:
+    """Surroundings without the noun that says what they are: "Users table" → "Users", "table" → ""."""
+    return _REGION_NOUN.sub("", context)
+
+
+def _placed(text: str) -> tuple[str, str]:
+    """(text without the surroundings at its end, the nearest of them); "Sign in" and "Terms of service" stay whole."""
+    context = ""
+    while match := _REGION_LAST.match(text):
+        text, context = match["text"].rstrip(" ,"), match["context"]
+    return text, context
+
+
+def _kind(text: str, verb: str) -> tuple[str, str] | None:
+    """(role or "", text without the kind of thing at its end) of "Junk folder"; None when it has none."""
+    match = _KIND_LAST.match(text)
+    if match is None or match["text"].split()[0].casefold() in _ACTS or _LINKING.search(match["text"]):
+        return None
+    role = KINDS[" ".join(match["noun"].casefold().split())]
+    return "" if role == "area" and VERBS.get(verb) == "click" else role, match["text"]
+
+
 def _unquoted(raw: str) -> Goal:
     """Without quotation marks the words themselves decide; other readings stay as variants."""
     whole = _END_PUNCTUATION.sub("", raw) or raw
     verb, rest = _verb(whole)
-    rest = _HERE.sub("", rest).strip() or whole
-    role, text, relation, context = "", rest, "", ""
-    if match := _THEN_TEXT.match(rest):
+    rest = _HERE.sub("", rest).strip()
+    implied = "" if verb == "toggle" or not rest else VERB_ROLES.get(verb, "")
+    rest = rest or whole
+    placed, context = _placed(rest)
+    role, text, relation = implied, placed, ""
+    if match := _THEN_TEXT.match(placed):
         role, text = _role(match["noun"]), match["text"]
         relation = "label" if match["label"] else "placeholder" if match["placeholder"] else ""
-    elif match := _NOUN_LAST.match(rest) or _NOUN_FIRST.match(rest):
+    elif match := _NOUN_LAST.match(placed):
         role, text = _role(match["noun"]), match["text"]
-    elif match := _NOUN_INSIDE.match(rest):
+    elif kind := _kind(placed, verb):
+        role, text = kind
+    elif match := _NOUN_FIRST.match(placed):
+        role, text = _role(match["noun"]), match["text"]
+    elif match := _NOUN_INSIDE.match(placed):
         role, text, context = _role(match["noun"]), match["text"], match["context"]
-    elif match := _NOUN.fullmatch(rest):
+    elif match := _NOUN.fullmatch(placed):
         role, text = _role(match["noun"]), ""
     text = text.strip(" ,;:\"'`“”‘’«»") or text
-    variants = tuple(dict.fromkeys((text, rest, whole))) if text else ()
+    variants = tuple(dict.fromkeys((text, placed, rest, whole))) if text else ()
     return Goal(raw, VERBS.get(verb, ""), role, text, variants, False, relation, context, 0)

@@ -24,6 +24,10 @@ CLICK_BONUS: Final = 350
 """More than a tie: of a link and a heading of one text, the link is what can be clicked."""
 AREA_MALUS: Final = 300
 VARIANT_MALUS: Final = 25
+WHOLE_MIN: Final = 985
+"""Likeness of a longer reading of an unquoted goal from which on that is what was meant: "Show password" is shown."""
+WHOLE_BONUS: Final = TIE_MARGIN
+"""What sets a longer reading that is shown apart from a shorter one that is shown too."""
 LABEL_MALUS: Final = 30
 LABEL_UNASKED_MALUS: Final = 300
 PART: Final = 860
@@ -45,7 +49,7 @@ _COMPATIBLE: Final[dict[str, frozenset[str]]] = {
     "switch": frozenset({"checkbox", "button"}),
     "radio": frozenset({"option", "tab", "checkbox"}),
     "menuitem": frozenset({"link", "option", "button", "tab"}),
-    "menu": frozenset({"menuitem", "button", "dropdown", "area"}),
+    "menu": frozenset({"menuitem", "link", "button", "tab", "dropdown", "area"}),
     "option": frozenset({"menuitem", "cell", "radio", "link", "checkbox"}),
     "icon": frozenset({"button", "link"}),
     "heading": frozenset({"text", "label"}),
@@ -157,11 +161,17 @@ class Fit(NamedTuple):
     label: int
     part: tuple[int, int, int] | None
     """(start, end, length) in characters of the compared text."""
+    whole: bool = False
+    """The text is a longer reading of an unquoted goal, its verb or noun part of it."""
 
 
 def fit_of(goal: Goal, text: str, label: str) -> Fit:
     """How a content fits a goal."""
     likeness, variant = _best(goal, text)
+    if likeness >= EXACT and variant != goal.text and similarity(goal.text, text) < EXACT:
+        shown = similarity(variant, text)
+        if shown >= WHOLE_MIN:
+            return Fit(shown, _best(goal, label)[0] if label else 0, None, whole=True)
     part: tuple[int, int, int] | None = None
     if 0 < likeness < EXACT and (at := inside(plain(variant), plain(text))):
         part = *at, len(plain(text))
@@ -191,8 +201,16 @@ def part_box(box: Box, part: tuple[int, int, int]) -> Box:
 def scored(goal: Goal, place: int, frame: str, node: Node, fit: Fit, label: str, features: Features) -> Match:
     """The match of one occurrence: `evidence` decides ties, `score` adds what only orders."""
     role = role_of(node.type)
+    # A word that belongs to the text asks for no role; but what names a control may end in the control's noun, and a
+    # heading is not what a noun such as "tab" means.
+    named = goal.role in CONTROLS or (role == "heading" and goal.role not in ("", "heading"))
+    whole = fit.whole and (not named or role in CLICKABLE)
+    if whole:
+        features = features._replace(role=2)
     evidence = TEXT_WEIGHT * lexical(goal, features, node.type) + ROLE_WEIGHT * features.role
-    if role in CLICKABLE and not goal.role:
+    if whole:
+        evidence += WHOLE_BONUS
+    if role in CLICKABLE and (whole or not goal.role):
         evidence += CLICKABLE_BONUS if goal.verb == "find" or not goal.verb else CLICK_BONUS
     if role == "area" and goal.role != "area":
         evidence -= AREA_MALUS

@@ -8,7 +8,7 @@ from him.config import CANDIDATES_MAX
 from him.index import SnapshotRows
 from him.index.roles import role_of
 from him.index.vector import top
-from him.query.goal import Goal
+from him.query.goal import Goal, region_name
 from him.query.likeness import EXACT, similarity
 from him.query.score import CONTROLS, ROLE_WEIGHT, TEXT_WEIGHT, TIE_MARGIN, Match, lexical, role_fit
 from him.types import Box, Node
@@ -58,7 +58,10 @@ def settled(rows: SnapshotRows, goal: Goal, matches: list[Match]) -> list[Match]
         at = goal.ordinal - 1 if goal.ordinal > 0 else goal.ordinal
         chosen = ordered[at] if -len(ordered) <= at < len(ordered) else None
     elif len(equal) > 1 and goal.context:
-        chosen = _nearest(equal, _anchors(rows, goal.context))
+        anchors = _anchors(rows, goal.context)
+        if not anchors and not goal.quoted:
+            anchors = _anchors(rows, region_name(goal.context))
+        chosen = _nearest(equal, anchors)
     if chosen is None:
         return matches
     ahead = matches[0].evidence + 2 * TIE_MARGIN - chosen.evidence
