@@ -26,7 +26,7 @@ from him.adapters.pillow import PillowDecoder
 from him.adapters.rapidocr import RapidTextReader
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
 from him.catalog.fsck import Fsck, FsckReport, fault_of
-from him.catalog.history import BRANCH, TAG, History
+from him.catalog.history import TAG, History, new_ulid
 from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
 from him.config import (
@@ -237,10 +237,6 @@ class Repository:
         """Name a snapshot for good. Raises ConflictError when the name is taken."""
         self._history.set_ref(name, TAG, target)
 
-    def set_branch(self, name: str, target: str) -> None:
-        """Point an existing or new branch at a snapshot."""
-        self._history.set_ref(name, BRANCH, target)
-
     def delete_ref(self, name: str) -> None:
         """Remove a branch or tag; its snapshot stays. Raises NotFoundError."""
         self._history.delete_ref(name)
@@ -328,13 +324,7 @@ class Repository:
 
     def warm(self, snapshot: str | None = None) -> None:
         """Load the models and, for a snapshot, its rows: what a query must not wait for."""
-        if not self._warm:
-            self._encoder.encode(["warm"])
-            shipped()
-            self._pins = self._pins or self._fresh_pins()
-            self._warm = True
-        if snapshot is not None:
-            self._rows.rows(self._reader(self._history.snapshot(snapshot)), None)
+        self._load(None if snapshot is None else self._history.snapshot(snapshot))
 
     def query(
         self,
@@ -357,11 +347,9 @@ class Repository:
         Raises:
             UsageError, NotFoundError, IntegrityError.
         """
-        self.warm(snapshot)
         found = self._history.snapshot(snapshot)
-        trace_id = TRACE_PREFIX + ulid_text(
-            (self._clock.now_ns() // 1_000_000).to_bytes(6, "big") + self._rng.token(10)
-        )
+        self._load(found)
+        trace_id = TRACE_PREFIX + ulid_text(new_ulid(self._clock.now_ns(), self._rng))
         recording = Recording()
         startup_ms = startup() if startup is not None else 0.0
         result = answer(
@@ -484,6 +472,15 @@ class Repository:
             with contextlib.suppress(NotFoundError):
                 return load_trace(spool, trace_id)
         return load_trace(last, trace_id)
+
+    def _load(self, found: Snapshot | None) -> None:
+        if not self._warm:
+            self._encoder.encode(["warm"])
+            shipped()
+            self._pins = self._fresh_pins()
+            self._warm = True
+        if found is not None:
+            self._rows.rows(self._reader(found), None)
 
     def _reader(self, found: Snapshot) -> SnapshotReader:
         return SnapshotReader(self._store, self._memo, found.directory)

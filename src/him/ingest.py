@@ -286,10 +286,7 @@ class Ingest:
             return codec.encode_bytes(value)
         if spec.content != "array":
             raise UsageError(f"stream {spec.name!r} holds documents; got an array")
-        if spec.dtype and value.dtype.name != spec.dtype:
-            raise UsageError(
-                f"stream {spec.name!r} holds {spec.dtype}; got {value.dtype.name}", fix=f"convert it to {spec.dtype}"
-            )
+        _check_dtype(spec, value)
         if value.ndim not in (2, 3) or value.shape[0] > spec.tile_height or value.shape[1] > spec.tile_width:
             raise UsageError(
                 f"a tile of {spec.name!r} has at most {spec.tile_height}×{spec.tile_width} pixels; got {value.shape}"
@@ -308,19 +305,21 @@ def _parts(values: Array, spec: StreamSpec) -> Iterator[tuple[int, int, Array]]:
             yield row, column, values[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
 
 
-def _frame(spec: StreamSpec, name: str, values: Array) -> Frame:
-    channels = values.shape[2] if values.ndim == 3 else 0
-    high, wide = min(spec.tile_height, values.shape[0]), min(spec.tile_width, values.shape[1])
-    if high * wide * max(1, channels) * values.dtype.itemsize > TILE_BYTES_MAX:
-        raise LimitError(f"tiles of {high}×{wide}×{channels} {values.dtype.name} exceed {TILE_BYTES_MAX} bytes")
+def _check_dtype(spec: StreamSpec, values: Array) -> None:
     if spec.dtype and values.dtype.name != spec.dtype:
         raise UsageError(
             f"stream {spec.name!r} holds {spec.dtype}; got {values.dtype.name}", fix=f"convert it to {spec.dtype}"
         )
-    return Frame(
-        spec.name, name, "array", values.shape[0], values.shape[1], channels, codec.dtype_name(values.dtype),
-        spec.tile_height, spec.tile_width, spec.halo, spec.level_rule, b"", 0,
-    )  # fmt: skip
+
+
+def _frame(spec: StreamSpec, name: str, values: Array) -> Frame:
+    """The frame that holds a whole array, which must fit its stream and the limits of a tile."""
+    channels = values.shape[2] if values.ndim == 3 else 0
+    high, wide = min(spec.tile_height, values.shape[0]), min(spec.tile_width, values.shape[1])
+    if high * wide * max(1, channels) * values.dtype.itemsize > TILE_BYTES_MAX:
+        raise LimitError(f"tiles of {high}×{wide}×{channels} {values.dtype.name} exceed {TILE_BYTES_MAX} bytes")
+    _check_dtype(spec, values)
+    return _cell_frame(spec, name, 0, 0, values)
 
 
 def _cell_frame(spec: StreamSpec, name: str, row: int, column: int, value: Array | bytes) -> Frame:

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from him.types import CommitRecord, PackFinished, PackRange, Snapshot, StreamSpec, TextLine
+from him.types import CommitRecord, PackFinished, PackRange, Snapshot, StreamSpec
 
 
 class Clock(Protocol):
@@ -236,6 +236,5 @@ __all__ = [
     "Recorder",
     "Rng",
     "TextEncoder",
-    "TextLine",
     "TextReader",
 ]

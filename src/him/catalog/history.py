@@ -45,6 +45,11 @@ TAG: Final = "tag"
 _NS_PER_MS: Final = 1_000_000
 
 
+def new_ulid(now_ns: int, rng: Rng) -> bytes:
+    """16 bytes: 48 bits of milliseconds, 80 random bits."""
+    return (now_ns // _NS_PER_MS).to_bytes(6, "big") + rng.token(10)
+
+
 class History:
     """The DAG of snapshots and the refs into it."""
 
@@ -143,7 +148,7 @@ class History:
             NotFoundError: no such parent.
         """
         now = self._clock.now_ns()
-        new_id = snapshot_id((now // _NS_PER_MS).to_bytes(6, "big") + self._rng.token(10))
+        new_id = snapshot_id(new_ulid(now, self._rng))
         if branch is not None:
             _check_ref_name(branch)
 
@@ -300,7 +305,7 @@ class History:
     def _open_child(self, branch: str) -> Snapshot:
         """A child of the branch's sealed head, as its new head; another writer may have opened it first."""
         now = self._clock.now_ns()
-        new_id = snapshot_id((now // _NS_PER_MS).to_bytes(6, "big") + self._rng.token(10))
+        new_id = snapshot_id(new_ulid(now, self._rng))
 
         def build() -> bytes | None:
             head = self.snapshot(branch)

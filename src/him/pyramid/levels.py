@@ -22,7 +22,7 @@ from him.tile import codec
 from him.tile.address import KIND_COMPANION
 from him.tile.codec import EncodedTile
 from him.tile.downsample import halve
-from him.types import BlobId, Box, Entry, Frame
+from him.types import BlobId, Box, Frame
 
 Array = NDArray[np.generic]
 _MEMO: Final = "levels"
@@ -158,12 +158,12 @@ def companion(store: LevelStore, memo: Memo, frame: Frame, root: bytes, height: 
     below: list[tuple[int, bytes]] = []
     for slot, raw in load(store, root, height).slots():
         if height == 0:
-            grid[slot] = _array(store, page.entry(raw))
+            grid[slot] = _array(store, page.entry(raw).blob_id)
             continue
         inner = _clipped(frame, clip, height, slot // PAGE_SIDE, slot % PAGE_SIDE)
         child = companion(store, memo, frame, raw, height - 1, inner)
         below.append((slot, child))
-        grid[slot] = _array(store, Entry(BlobId(decode(store, child).levels[-1][0][1]), b""))
+        grid[slot] = _array(store, BlobId(decode(store, child).levels[-1][0][1]))
     levels: list[tuple[tuple[int, bytes], ...]] = []
     for index in range(LEVELS_PER_PAGE):
         grid = _shrunk(frame, grid, clip, LEVELS_PER_PAGE * height + index, PAGE_SIDE >> index)
@@ -213,8 +213,8 @@ def _clipped(frame: Frame, clip: tuple[int, int], height: int, row: int, column:
     return min(high, clip[0] - row * high), min(wide, clip[1] - column * wide)
 
 
-def _array(store: LevelStore, entry: Entry) -> Array:
-    values = store.read_tile(entry.blob_id)
+def _array(store: LevelStore, blob: BlobId) -> Array:
+    values = store.read_tile(blob)
     if isinstance(values, bytes):
         raise UsageError("documents have no levels", fix='declare the stream with level_rule "none"')
     return values

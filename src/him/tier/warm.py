@@ -139,9 +139,9 @@ class WarmStore:
         would be cut off.
         """
         with self._lock:
-            ends = {named.pack: named.end for _, named in self._projection.ranges(0)}
             if self._writer is not None:
                 return
+            ends = {named.pack: named.end for _, named in self._projection.ranges(0)}
             for name in sorted(ends.keys() - self._projection.finished_packs().keys() - self._spoiled):
                 try:
                     file = self._disk.open(name)
@@ -214,14 +214,15 @@ class WarmStore:
     def refresh(self) -> None:
         """Learn the ranges committed since the last look."""
         with self._lock:
+            since = self._addresses.position
             if not self._addresses_loaded:
                 self._addresses.load(self._projection.position()[0])
-                self._addresses_loaded = True
-                for _, named in self._projection.ranges(0):
-                    self._number(named.pack)
-            for seq, named in self._projection.ranges(self._addresses.position):
-                rows = read_index(self._file(named.pack), named)
-                self._addresses.add(seq, self._number(named.pack), rows)
+                self._addresses_loaded, since = True, 0
+            for seq, named in self._projection.ranges(since):
+                # Numbers go by the pack's rank in the log, so those behind the loaded segments are counted too.
+                number = self._number(named.pack)
+                if seq > self._addresses.position:
+                    self._addresses.add(seq, number, read_index(self._file(named.pack), named))
             self._addresses.flush()
 
     def forget_addresses(self) -> None:

@@ -4,7 +4,7 @@ The canonical form (which the blob_id is made of) is a small msgpack header and 
 values; the codec only decides how those are stored, so identity never depends on compression.
 """
 
-from typing import Final, Literal
+from typing import Final
 
 import ml_dtypes
 import msgspec
@@ -18,7 +18,6 @@ from him.errors import IntegrityError, LimitError, UsageError
 from him.tile.address import KIND_TILE, blob_id
 from him.types import BlobId
 
-Codec = Literal[0, 1, 2, 3]
 RAW: Final = 0
 ZSTD: Final = 1
 SHUFFLE_ZSTD: Final = 2
