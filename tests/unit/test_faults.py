@@ -186,6 +186,19 @@ def keeper(name: str, seed: int) -> Callable[[], str]:
     return lambda: rng.choice(["all", "half", "none"])
 
 
+def steps_before_power_fails(disk: MemDisk) -> int:
+    """How many steps were acknowledged when the process ended."""
+    done = 0
+    try:
+        stack = Named(disk)
+        for step in STEPS:
+            step(stack)
+            done += 1
+    except PowerLoss:
+        pass
+    return done
+
+
 @every(4)
 @pytest.mark.parametrize("mode", POWER_MODES)
 @pytest.mark.parametrize("kept", KEPT)
@@ -193,14 +206,7 @@ def test_a_power_loss_loses_nothing_acknowledged(cramped: bool, mode: str, kept:
     views, operations = expected()
     for at in points(operations, stride, KEPT.index(kept) + POWER_MODES.index(mode)):
         disk = new_disk(Faults(at, mode))
-        done = 0
-        try:
-            stack = Named(disk)
-            for step in STEPS:
-                step(stack)
-                done += 1
-        except PowerLoss:
-            pass
+        done = steps_before_power_fails(disk)
         why = f"{mode} {at}, unsynced kept: {kept}: {disk.faults.kinds[at - 1]} in step {done}"
         left = disk.after_power_loss(keeper(kept, at))
         stack = check_sound(left, views[done : done + 2], why)
@@ -217,14 +223,7 @@ def test_power_losses_with_any_unsynced_bytes_kept(cramped: bool, seed: int) -> 
     views, operations = expected()
     for at in range(1, operations + 1):
         disk = new_disk(Faults(at, rng.choice(["power", "power-after"])))
-        done = 0
-        try:
-            stack = Named(disk)
-            for step in STEPS:
-                step(stack)
-                done += 1
-        except PowerLoss:
-            pass
+        done = steps_before_power_fails(disk)
         left = disk.after_power_loss(keeper("random", seed * 1000 + at))
         check_sound(left, views[done : done + 2], f"seed {seed} operation {at}")
 
@@ -236,14 +235,7 @@ def test_a_process_killed_at_any_operation_leaves_a_sound_repository(cramped: bo
     for at in range(1, operations + 1, stride):
         for mode in POWER_MODES:
             disk = new_disk(Faults(at, mode))
-            done = 0
-            try:
-                stack = Named(disk)
-                for step in STEPS:
-                    step(stack)
-                    done += 1
-            except PowerLoss:
-                pass
+            done = steps_before_power_fails(disk)
             check_sound(disk.copy(), views[done : done + 2], f"{mode} {at}: {disk.faults.kinds[at - 1]} in step {done}")
 
 
