@@ -101,6 +101,12 @@ class CountingStore:
         self.put.append(blob)
         return blob
 
+    def load_pages(self, kind: int, blobs: Sequence[BlobId]) -> list[bytes]:
+        return [self.page(kind, blob) for blob in blobs]
+
+    def put_pages(self, kind: int, payloads: Sequence[bytes]) -> list[BlobId]:
+        return [self.put_page(kind, payload) for payload in payloads]
+
     def put_tile(self, tile: EncodedTile, origin: bytes) -> bool:
         self.tiles_put += 1
         new = tile.blob_id not in self.tiles
@@ -283,12 +289,17 @@ class MemDisk:
             self.faults.run("create", path, make)
         return MemFile(self, path, self.files[path])
 
+    def view(self, path: str, offset: int, size: int) -> memoryview:
+        return memoryview(self.open(path).read_at(offset, size))
+
     def list(self, folder: str) -> list[str]:
         self.faults.alive()
         head = f"{folder}/" if folder else ""
         return sorted({p.removeprefix(head).split("/")[0] for p in self.files if p.startswith(head)})
 
-    def write_whole(self, path: str, data: bytes) -> None:
+    def write_whole(self, path: str, *parts: bytes | memoryview) -> None:
+        data = b"".join(parts)
+
         def replace() -> None:
             made = MemFileData()
             made.now, made.durable, made.named = bytearray(data), bytearray(data), True
@@ -352,8 +363,13 @@ class MemFile:
         _apply(self._data.now, offset, data)
         self._data.pending.append((offset, data))
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        whole = bytes(data)
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        data = self.read_at(offset, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def write_at(self, offset: int, *parts: bytes | memoryview) -> None:
+        whole = b"".join(parts)
         self._disk.faults.run(
             "write",
             self._path,

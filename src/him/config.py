@@ -22,9 +22,15 @@ RAW_BELOW_RATIO: Final = 1.25
 """A payload that compresses less than this is stored raw (design §6)."""
 COMPRESSION_SAMPLE_BYTES: Final = 256 * 1024
 ZSTD_LEVEL: Final = 1
-PAGE_CACHE_PAGES: Final = 65_536
+PAGE_CACHE_BYTES: Final = 256 * 1024 * 1024
+"""Verified private copies of pages and directory nodes that a process keeps."""
 ADDRESS_TAIL_ROWS: Final = 50_000
-ADDRESS_SEGMENTS_MAX: Final = 8
+ADDRESS_MERGE_RATIO: Final = 4
+"""A segment at most so many times as large as the next is merged with it."""
+READ_THREADS_MAX: Final = 4
+BUFFER_FROM_BYTES: Final = 1024 * 1024
+"""Records from this size on are read into buffers that are used again: fresh memory costs a fault a page."""
+BUFFERS_KEPT_BYTES: Final = 256 * 1024 * 1024
 
 # Deltas (spec §9)
 DELTA_DEPTH_MAX: Final = 4

@@ -40,6 +40,7 @@ class SnapshotHandle:
     def __init__(self, parts: Parts, info: Snapshot) -> None:
         self._parts = parts
         self.info = info
+        self._read: SnapshotReader | None = None
 
     @property
     def id(self) -> SnapshotId:
@@ -103,10 +104,25 @@ class SnapshotHandle:
         """A frame's whole array; absent tiles are zeros."""
         return self._reader.array(stream, frame)
 
+    def get_many(
+        self, stream: str, cells: Sequence[tuple[int, int]], *, frame: str = "", level: int = 0
+    ) -> list[Array | bytes]:
+        """Verified values of several tiles (row, column), in the order asked for; read on several threads.
+
+        Raises:
+            NotFoundError, IntegrityError: for the first that fails.
+        """
+        return self._reader.tiles([TileKey(stream, frame, level, y, x) for y, x in cells])
+
     @contextmanager
     def view(self, stream: str, *, frame: str = "", level: int = 0, y: int = 0, x: int = 0) -> Generator[Array | bytes]:
-        """A tile for the length of a `with` block; for now a verified copy, later without copying."""
-        yield self.get(stream, frame=frame, level=level, y=y, x=x)
+        """A tile without copying, read-only and verified, for the length of a `with` block.
+
+        What is stored compressed or quantised is a copy. Keep no reference to the array beyond the block: while one
+        lives the tile's place in its pack stays mapped and cannot be evicted.
+        """
+        with self._reader.view(TileKey(stream, frame, level, y, x)) as values:
+            yield values
 
     def frames(self, stream: str | None = None) -> list[Frame]:
         """Frames (of one stream), sorted."""
@@ -146,7 +162,10 @@ class SnapshotHandle:
 
     @property
     def _reader(self) -> SnapshotReader:
-        return SnapshotReader(self._parts.store, self._parts.memo, self.info.directory)
+        """The reader of the present directory, kept while that stays: it remembers the frames it found."""
+        if self._read is None or self._read.directory != self.info.directory:
+            self._read = SnapshotReader(self._parts.store, self._parts.memo, self.info.directory)
+        return self._read
 
     def _moved(self, report: IngestReport) -> IngestReport:
         self.info = self._parts.history.snapshot(self.id)

@@ -36,8 +36,12 @@ class File(Protocol):
         """Up to `size` bytes from `offset`; shorter only at the end of the file."""
         ...
 
-    def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data` at `offset`. Raises StorageError (full disk, read-only)."""
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """Fill `buffer` from `offset`; how many bytes there were (fewer only at the end of the file)."""
+        ...
+
+    def write_at(self, offset: int, *parts: bytes | memoryview) -> None:
+        """Write all parts, one after the other, from `offset` on. Raises StorageError (full disk, read-only)."""
         ...
 
     def size(self) -> int:
@@ -76,12 +80,24 @@ class Disk(Protocol):
         """
         ...
 
+    def view(self, path: str, offset: int, size: int) -> memoryview:
+        """A range of a file without copying, read-only.
+
+        The range carries a shared lock for as long as anything refers to the memory: whoever frees its space must
+        take the exclusive one first, since a view of freed space turns to zeros.
+
+        Raises:
+            NotFoundError: no such file.
+            StorageError: the range is not there, or the system refuses.
+        """
+        ...
+
     def list(self, folder: str) -> list[str]:
         """Names in a folder, sorted; empty when it does not exist."""
         ...
 
-    def write_whole(self, path: str, data: bytes) -> None:
-        """Replace a small file atomically and durably."""
+    def write_whole(self, path: str, *parts: bytes | memoryview) -> None:
+        """Replace a file atomically and durably."""
         ...
 
     def remove(self, path: str) -> None:

@@ -87,7 +87,7 @@ def last_range(repo: him.Repository) -> list[int]:
             if operation["operation"] == "range":
                 fields = {key: operation[key] for key in ("pack", "start", "index_offset", "end", "merkle_root")}
                 named = PackRange(**{**fields, "merkle_root": bytes.fromhex(fields["merkle_root"])})
-                return [kind for *_, kind in read_index(repo._disk.open(named.pack), named)]
+                return read_index(repo._disk.open(named.pack), named)["kind"].tolist()
     raise AssertionError("no range")
 
 

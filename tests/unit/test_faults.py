@@ -125,7 +125,7 @@ def cramped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "cramped":
         monkeypatch.setattr("him.tier.warm.PACK_TARGET_BYTES", 6_000)
         monkeypatch.setattr("him.tier.address.ADDRESS_TAIL_ROWS", 4)
-        monkeypatch.setattr("him.tier.address.ADDRESS_SEGMENTS_MAX", 2)
+        monkeypatch.setattr("him.tier.address.ADDRESS_MERGE_RATIO", 2)
     return request.param == "cramped"
 
 

@@ -1,11 +1,14 @@
 """The local disk: whole writes, refusals that name the fix, locks that die with their holder."""
 
 import errno
+import fcntl
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from him.adapters.local import LocalDisk, SystemClock, SystemRng
@@ -32,16 +35,21 @@ def test_bytes_come_back_from_where_they_were_written(disk: LocalDisk) -> None:
 
 
 def test_short_writes_and_reads_are_continued(disk: LocalDisk, monkeypatch: pytest.MonkeyPatch) -> None:
-    real_write, real_read = os.pwrite, os.pread
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real_write(fd, bytes(data)[:3], at))
+    real_write, real_read, real_into = os.pwrite, os.pread, os.preadv
+    monkeypatch.setattr(os, "pwritev", lambda fd, parts, at: real_write(fd, b"".join(parts)[:3], at))
     monkeypatch.setattr(os, "pread", lambda fd, size, at: real_read(fd, min(size, 2), at))
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, at: real_into(fd, [parts[0][:2]], at))
     file = disk.open("f", create=True)
-    file.write_at(0, b"0123456789")
+    file.write_at(0, b"01", b"", memoryview(b"2345"), b"6789")
+    buffer = bytearray(12)
+    assert file.read_into(3, memoryview(buffer)[:5]) == 5
+    assert file.read_into(8, memoryview(buffer)[5:]) == 2
+    assert buffer == b"3456789" + bytes(5)
     assert file.read_at(1, 7) == b"1234567"
     assert file.read_at(5, 100) == b"56789"
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync", "ftruncate", "pread"])
+@pytest.mark.parametrize("call", ["pwritev", "fdatasync", "ftruncate", "pread", "preadv"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT])
 def test_what_the_system_refuses_is_a_storage_error(
     disk: LocalDisk, monkeypatch: pytest.MonkeyPatch, call: str, number: int
@@ -53,10 +61,11 @@ def test_what_the_system_refuses_is_a_storage_error(
 
     monkeypatch.setattr(os, call, refuse)
     work = {
-        "pwrite": lambda: file.write_at(0, b"x"),
+        "pwritev": lambda: file.write_at(0, b"x"),
         "fdatasync": file.sync,
         "ftruncate": lambda: file.truncate(0),
         "pread": lambda: file.read_at(0, 1),
+        "preadv": lambda: file.read_into(0, memoryview(bytearray(1))),
     }[call]
     with pytest.raises(StorageError) as caught:
         work()
@@ -66,9 +75,56 @@ def test_what_the_system_refuses_is_a_storage_error(
         assert "full" in caught.value.message
 
 
+def test_many_parts_of_all_sizes_are_written_in_order(disk: LocalDisk) -> None:
+    parts = [bytes([number % 251]) * size for number, size in enumerate([1, 70_000, 0, 5, 65_536, 65_535] * 120)]
+    file = disk.open("f", create=True)
+    file.write_at(7, *parts)
+    assert file.read_at(7, file.size()) == b"".join(parts)
+
+
+def locked(disk: LocalDisk, offset: int, size: int) -> bool:
+    """Whether whoever wants to free the range's space has to wait."""
+    probe = os.open(disk._root / "f", os.O_RDWR)
+    try:
+        fcntl.fcntl(probe, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, offset, size, 0))
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(probe)
+    return False
+
+
+def test_a_view_shows_the_file_and_locks_its_range_while_it_lives(disk: LocalDisk) -> None:
+    file = disk.open("f", create=True)
+    data = np.random.default_rng(1).bytes(20_000)
+    file.write_at(0, data)
+    for offset, size in ((0, 10), (5_000, 9_000), (4096, 4096)):
+        view = disk.view("f", offset, size)
+        assert bytes(view) == data[offset : offset + size]
+        assert view.readonly
+        array = np.frombuffer(view, dtype=np.uint8)
+        del view
+        assert locked(disk, offset, size)
+        assert not locked(disk, offset + size, 1)
+        other = disk.view("f", offset, size)
+        assert bytes(other) == data[offset : offset + size], "views share their lock"
+        del array
+        assert locked(disk, offset, size)
+        del other
+        assert not locked(disk, offset, size)
+
+
+def test_a_view_of_what_is_not_there_is_refused(disk: LocalDisk) -> None:
+    disk.open("f", create=True).write_at(0, b"12345")
+    with pytest.raises(StorageError):
+        disk.view("f", 3, 10)
+    with pytest.raises(NotFoundError):
+        disk.view("g", 0, 1)
+
+
 def test_replacing_a_file_is_all_or_nothing(disk: LocalDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     disk.write_whole("folder/f", b"old")
-    for call in ("fsync", "fdatasync", "pwrite", "replace"):
+    for call in ("fsync", "fdatasync", "pwritev", "replace"):
         disk.write_whole("folder/f", b"old")
         with monkeypatch.context() as patch:
 

@@ -37,13 +37,34 @@ def write_pack(sizes: list[int], *, finished: bool = True) -> tuple[File, list[P
         payload = payload_of(number, size)
         kind = KIND_PAGE if number % 3 == 2 else KIND_TILE
         meta = b"meta" * (number % 4)
-        writer.append(kind, 0, blob_id(kind, meta, payload), meta, payload, size, bytes(range(16)))
+        writer.append([layout.Draft(kind, 0, blob_id(kind, meta, payload), meta, payload, size, bytes(range(16)))])
         if number % 2 or number == len(sizes) - 1:
             ranges.append(writer.close_range())
     if not finished:
         return file, ranges, None
-    rows = [row for named in ranges for row in read_index(file, named)]
+    rows = np.concatenate([read_index(file, named) for named in ranges])
     return file, ranges, writer.finish(rows, [named.merkle_root for named in ranges])
+
+
+def index_rows(file: File, *ranges: PackRange) -> list[tuple[bytes, int, int, int]]:
+    """(blob_id, offset, length, kind) of the ranges' index records, in their order."""
+    return [row for named in ranges for row in index_rows_of(read_index(file, named).tobytes())]
+
+
+def index_rows_of(payload: bytes | memoryview) -> list[tuple[bytes, int, int, int]]:
+    return [
+        (row["blob"].tobytes(), int(row["offset"]), int(row["length"]), int(row["kind"]))
+        for row in layout.decode_rows(payload, NAME)
+    ]
+
+
+def a_draft(payload: bytes, meta: bytes = b"") -> layout.Draft:
+    return layout.Draft(KIND_TILE, 0, blob_id(KIND_TILE, meta, payload), meta, payload, len(payload))
+
+
+def encoded(offset: int, draft: layout.Draft) -> tuple[bytes, int]:
+    record = layout.encode_record(offset, draft)
+    return b"".join(record.parts), record.size
 
 
 # -- what was written comes back
@@ -52,7 +73,7 @@ def write_pack(sizes: list[int], *, finished: bool = True) -> tuple[File, list[P
 @given(st.lists(st.integers(0, 3000) | st.sampled_from(RECORD_SIZES), min_size=1, max_size=9))
 def test_records_round_trip_through_index_and_walk(sizes: list[int]) -> None:
     file, ranges, _ = write_pack(sizes)
-    rows = [row for named in ranges for row in read_index(file, named)]
+    rows = index_rows(file, *ranges)
     assert len(rows) == len(sizes)
     wanted = {payload_of(number, size) for number, size in enumerate(sizes)}
     assert {read_record(file, NAME, at, length, BlobId(blob)).stored for blob, at, length, _ in rows} == wanted
@@ -68,7 +89,7 @@ def test_records_round_trip_through_index_and_walk(sizes: list[int]) -> None:
 
 def test_index_rows_are_sorted_and_name_their_kind() -> None:
     file, ranges, _ = write_pack([10, 20])
-    rows = read_index(file, ranges[0])
+    rows = index_rows(file, ranges[0])
     assert rows == sorted(rows)
     assert [kind for *_, kind in rows] == [KIND_TILE, KIND_TILE]
 
@@ -76,7 +97,7 @@ def test_index_rows_are_sorted_and_name_their_kind() -> None:
 def test_large_raw_payloads_lie_on_memory_pages() -> None:
     file, ranges, _ = write_pack([5, PAYLOAD_ALIGN_FROM_BYTES, 7, PAYLOAD_ALIGN_FROM_BYTES + 3])
     large = 0
-    for blob, at, length, _ in (row for named in ranges for row in read_index(file, named)):
+    for blob, at, length, _ in index_rows(file, *ranges):
         assert at % PACK_ALIGN_BYTES == 0
         record = read_record(file, NAME, at, length, BlobId(blob))
         if len(record.stored) >= PAYLOAD_ALIGN_FROM_BYTES:
@@ -88,7 +109,7 @@ def test_large_raw_payloads_lie_on_memory_pages() -> None:
 
 def test_header_fields_of_later_work_are_there_and_zero() -> None:
     file, ranges, _ = write_pack([10])
-    ((_, at, length, _),) = read_index(file, ranges[0])
+    ((_, at, length, _),) = index_rows(file, ranges[0])
     header = read_record(file, NAME, at, length).header
     assert (header.delta_depth, header.flags, any(header.delta_base), any(header.key_id)) == (0, 0, False, False)
     assert not any(header.parity_group)
@@ -106,9 +127,10 @@ def test_the_footer_lists_every_range_and_the_trailer_finds_it() -> None:
     assert offset == ranges[-1].end
     footer = read_record(file, NAME, offset, size)
     assert footer.header.kind == KIND_FOOTER
-    rows = [row for named in ranges for row in read_index(file, named)]
+    rows = index_rows(file, *ranges)
     assert len(layout.decode_rows(footer.stored, NAME)) == len(rows) == 5
-    assert footer.stored == layout.encode_rows(rows)
+    assert footer.stored == layout.encode_rows(np.concatenate([read_index(file, named) for named in ranges]))
+    assert index_rows_of(footer.stored) == sorted(rows)
 
 
 def test_a_half_written_record_is_overwritten_by_the_next_one() -> None:
@@ -119,10 +141,10 @@ def test_a_half_written_record_is_overwritten_by_the_next_one() -> None:
     disk.faults.at, disk.faults.mode = disk.faults.count + 1, "partial"
     large = payload_of(1, 20_000)
     with pytest.raises(HimError):
-        writer.append(KIND_TILE, 0, blob_id(KIND_TILE, b"", large), b"", large, len(large), bytes(16))
+        writer.append([a_draft(large)])
     assert writer.end == layout.FILE_HEADER_BYTES
     small = payload_of(2, 30)
-    writer.append(KIND_TILE, 0, blob_id(KIND_TILE, b"", small), b"", small, len(small), bytes(16))
+    writer.append([a_draft(small)])
     named = writer.close_range()
     finished = writer.finish(read_index(file, named), [named.merkle_root])
     assert file.size() == finished.size, "nothing of the half-written record is left behind the trailer"
@@ -162,7 +184,7 @@ def test_every_flipped_bit_of_a_pack_is_noticed_and_none_is_returned() -> None:
     file, ranges, finished = write_pack([0, 5, 70, 33])
     assert finished is not None
     assert not list(problems(file, ranges, finished))
-    rows = [row for named in ranges for row in read_index(file, named)]
+    rows = index_rows(file, *ranges)
     truth = {row[0]: read_record(file, NAME, row[1], row[2]).stored for row in rows}
     for at in range(file.size()):
         # Every byte, with a bit that wanders through all eight.
@@ -182,7 +204,7 @@ def test_every_flipped_bit_of_a_pack_is_noticed_and_none_is_returned() -> None:
 def test_all_bits_of_a_record_are_covered_when_it_is_read() -> None:
     payload, meta = payload_of(3, 40), b"some meta"
     blob = blob_id(KIND_TILE, meta, payload)
-    data, _, size = layout.encode_record(192, KIND_TILE, 0, blob, meta, payload, 40)
+    data, size = encoded(192, a_draft(payload, meta))
     for bit in range(size * 8):
         altered = bytearray(data[:size])
         altered[bit // 8] ^= 1 << bit % 8
@@ -193,7 +215,7 @@ def test_all_bits_of_a_record_are_covered_when_it_is_read() -> None:
 def test_zeros_before_a_large_payload_are_checked() -> None:
     payload = payload_of(4, PAYLOAD_ALIGN_FROM_BYTES)
     blob = blob_id(KIND_TILE, b"", payload)
-    data, _, size = layout.encode_record(128, KIND_TILE, 0, blob, b"", payload, len(payload))
+    data, size = encoded(128, a_draft(payload))
     pad = layout.decode_header(data, "").pad_size
     assert pad > 1000
     altered = bytearray(data[:size])
@@ -204,7 +226,7 @@ def test_zeros_before_a_large_payload_are_checked() -> None:
 
 def test_a_walk_goes_on_behind_a_destroyed_header() -> None:
     file, ranges, _ = write_pack([100, 200, 300, 400], finished=False)
-    rows = sorted(read_index(file, ranges[0]), key=lambda row: row[1])
+    rows = sorted(index_rows(file, ranges[0]), key=lambda row: row[1])
     file.write_at(rows[0][1], b"\xff" * 100)
     found = list(walk(file, NAME, ranges[0].start, ranges[0].end))
     assert isinstance(found[0][1], IntegrityError)
@@ -226,7 +248,7 @@ def test_a_cut_pack_is_noticed_at_every_length() -> None:
 
 def test_a_whole_record_in_anothers_place_is_refused() -> None:
     file, ranges, _ = write_pack([500, 500], finished=False)
-    one, other = sorted(read_index(file, ranges[0]), key=lambda row: row[1])
+    one, other = sorted(index_rows(file, ranges[0]), key=lambda row: row[1])
     file.write_at(one[1], file.read_at(other[1], other[2]))
     with pytest.raises(IntegrityError, match="another record"):
         read_record(file, NAME, one[1], one[2], BlobId(one[0]))
@@ -244,7 +266,7 @@ def test_an_index_of_another_range_is_refused() -> None:
 
 def test_a_tile_does_not_pass_for_an_index() -> None:
     file, ranges, _ = write_pack([10, 20], finished=False)
-    tile = read_index(file, ranges[0])[0]
+    tile = index_rows(file, ranges[0])[0]
     with pytest.raises(HimError):
         read_index(file, msgspec.structs.replace(ranges[0], index_offset=tile[1], end=tile[1] + tile[2]))
 
@@ -253,7 +275,7 @@ def test_a_tile_does_not_pass_for_an_index() -> None:
 
 
 def test_a_record_of_a_newer_format_is_a_version_error() -> None:
-    data, _, size = layout.encode_record(128, KIND_TILE, 0, BlobId(bytes(32)), b"m", b"payload", 7)
+    data, size = encoded(128, a_draft(b"payload", b"m"))
     head = bytearray(data[: layout.RECORD_HEADER_BYTES - 32])
     head[4:6] = (FORMAT_VERSION + 1).to_bytes(2, "little")
     newer = bytes(head) + blake3(bytes(head) + b"m").digest() + data[layout.RECORD_HEADER_BYTES : size]
@@ -262,7 +284,7 @@ def test_a_record_of_a_newer_format_is_a_version_error() -> None:
 
 
 def test_a_damaged_version_is_damage_not_newer_software() -> None:
-    data, _, size = layout.encode_record(128, KIND_TILE, 0, BlobId(bytes(32)), b"m", b"payload", 7)
+    data, size = encoded(128, a_draft(b"payload", b"m"))
     altered = bytearray(data[:size])
     altered[5] ^= 64
     with pytest.raises(IntegrityError):

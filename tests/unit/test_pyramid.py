@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from him.config import DIRECTORY_LEAF_RECORDS, PAGE_SIDE
 from him.errors import IntegrityError, NotFoundError
 from him.pyramid import diff, directory, levels, page
-from him.pyramid.update import NOTHING, get, resize, scan, update
+from him.pyramid.update import NOTHING, get, grow, scan, update
 from him.tile.codec import encode_array
 from him.tile.downsample import halve
 from him.types import BlobId, Box, Entry, Frame
@@ -198,26 +198,14 @@ def test_a_window_shows_just_what_lies_in_it(grid: tuple[int, int, Grid], x: int
 
 
 @given(grids(), SIDES, SIDES)
-@settings(max_examples=150)
-def test_resize_keeps_the_cells_inside_and_is_canonical(grid: tuple[int, int, Grid], rows: int, columns: int) -> None:
-    own_rows, own_columns, cells = grid
-    store = CountingStore()
-    root = built(store, cells, page.root_height(own_rows, own_columns))
-    found, height = resize(store, root, page.root_height(own_rows, own_columns), rows, columns, cut=True)
-    left = {(r, c): one for (r, c), one in cells.items() if r < rows and c < columns}
-    assert height == page.root_height(rows, columns)
-    assert found == built(CountingStore(), left, height)
-
-
-@given(grids(), SIDES, SIDES)
 @settings(max_examples=60)
-def test_growing_needs_no_cut(grid: tuple[int, int, Grid], rows: int, columns: int) -> None:
+def test_growing_reads_nothing_and_is_canonical(grid: tuple[int, int, Grid], rows: int, columns: int) -> None:
     own_rows, own_columns, cells = grid
     rows, columns = max(rows, own_rows), max(columns, own_columns)
     store = CountingStore()
     root = built(store, cells, page.root_height(own_rows, own_columns))
     store.reset()
-    found, height = resize(store, root, page.root_height(own_rows, own_columns), rows, columns, cut=False)
+    found, height = grow(store, root, page.root_height(own_rows, own_columns), rows, columns)
     assert not store.loaded
     assert found == built(CountingStore(), cells, height)
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Mapping
 
 import msgspec
+import numpy as np
 
 from him.errors import ConflictError
 from him.pyramid import directory, update
 from him.pyramid.directory import FrameKey
-from him.pyramid.page import PageStore, root_height
+from him.pyramid.page import PagesStore, root_height
+from him.pyramid.update import Cells
 from him.types import BlobId, Entry, Frame
 
 
@@ -16,16 +18,17 @@ class FrameChange(msgspec.Struct, frozen=True):
 
     `shape` tells extent, tile shape and dtype; its root is ignored. With `replace` the frame becomes exactly `shape`
     and `cells` (without cells it is removed); otherwise the extent only grows. `append` adds documents below the
-    last row, wherever that is when the batch is committed.
+    last row, wherever that is when the batch is committed. Millions of cells come as a table, whose origins are
+    ignored.
     """
 
     shape: Frame
-    cells: Mapping[tuple[int, int], BlobId | None]
+    cells: Mapping[tuple[int, int], BlobId | None] | Cells
     replace: bool = False
     append: tuple[BlobId, ...] = ()
 
 
-def apply(store: PageStore, root: bytes, base: bytes, origin: bytes, changes: Iterable[FrameChange]) -> bytes:
+def apply(store: PagesStore, root: bytes, base: bytes, origin: bytes, changes: Iterable[FrameChange]) -> bytes:
     """The directory after the changes.
 
     Args:
@@ -46,7 +49,7 @@ def apply(store: PageStore, root: bytes, base: bytes, origin: bytes, changes: It
 
 
 def _changed(
-    store: PageStore, current: Frame | None, base: Frame | None, origin: bytes, change: FrameChange
+    store: PagesStore, current: Frame | None, base: Frame | None, origin: bytes, change: FrameChange
 ) -> Frame | None:
     shape = change.shape
     if change.replace or current is None:
@@ -56,30 +59,33 @@ def _changed(
         height, width = max(current.height, shape.height), max(current.width, shape.width)
     first_free = 0 if current is None else current.rows
     height = max(height, (first_free + len(change.append)) * shape.tile_height if change.append else 0)
-    put = dict(change.cells) | {(first_free + i, 0): blob for i, blob in enumerate(change.append)}
     frame = msgspec.structs.replace(shape, height=height, width=width)
     if current is not None and not change.replace and (height, width) == (current.height, current.width):
         # A tile put into a frame of the same extent leaves what the whole frame is bound to.
         frame = msgspec.structs.replace(frame, attributes=current.attributes)
-    keep = current is not None and (not change.replace or _same_grid(current, shape))
-    pages, at = (current.root, current.root_height) if keep and current is not None else (update.NOTHING, 0)
-    pages, at = update.resize(store, pages, at, frame.rows, frame.columns, cut=change.replace)
-    cells: dict[tuple[int, int], Entry | None] = {}
-    if change.replace and pages:
-        cells = {(row, column): None for row, column, _ in update.scan(store, pages, at) if (row, column) not in put}
-    inherit = base if base is not None and _same_grid(base, shape) else None
-    for (row, column), blob in put.items():
-        entry = None if blob is None else Entry(blob, origin)
-        if entry is not None and inherit is not None:
-            theirs = update.get(store, inherit.root, inherit.root_height, row, column)
-            if theirs is not None and theirs.blob_id == blob:
-                entry = theirs
-        cells[row, column] = entry
-    if cells:
-        pages = update.update(store, pages, at, cells)
-    if not pages:
-        return None
-    return msgspec.structs.replace(frame, root=pages, root_height=root_height(frame.rows, frame.columns))
+    if current is None or change.replace:
+        # Made from nothing, a frame that holds what it held gets the pages it had.
+        pages, at = update.NOTHING, root_height(frame.rows, frame.columns)
+    else:
+        pages, at = update.grow(store, current.root, current.root_height, frame.rows, frame.columns)
+    pages = update.update(store, pages, at, _entries(store, base, origin, change, first_free))
+    return msgspec.structs.replace(frame, root=pages, root_height=at) if pages else None
+
+
+def _entries(store: PagesStore, base: Frame | None, origin: bytes, change: FrameChange, first_free: int) -> Cells:
+    """The cells with their origins: this snapshot's, or that of the base's entry where it holds the same content."""
+    if isinstance(change.cells, Cells):
+        cells = change.cells._replace(raw=change.cells.raw.copy())
+        cells.raw[:, 32:] = np.frombuffer(origin, dtype=np.uint8)
+    else:
+        put = dict(change.cells) | {(first_free + i, 0): blob for i, blob in enumerate(change.append)}
+        cells = Cells.of({cell: None if blob is None else Entry(blob, origin) for cell, blob in put.items()})
+    if base is None or not _same_grid(base, change.shape):
+        return cells
+    theirs, there = update.look_up(store, base.root, base.root_height, cells.rows, cells.columns)
+    same = there & cells.present & (theirs[:, :32] == cells.raw[:, :32]).all(axis=1)
+    cells.raw[same] = theirs[same]
+    return cells
 
 
 def _same_grid(one: Frame, other: Frame) -> bool:

@@ -1,7 +1,8 @@
 """Reading one snapshot at one directory hash: frames, entries, verified tiles, whole arrays."""
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 import numpy as np
@@ -74,6 +75,23 @@ class SnapshotReader:
         scratch = Scratch(self._store)
         levels.tile(scratch, _Forgetful(), self.frame(key.stream, key.frame), key.level, key.y, key.x)
         return scratch.read_tile(entry.blob_id)
+
+    def tiles(self, keys: Sequence[TileKey]) -> list[Array | bytes]:
+        """`tile` of each key, in the order asked for; level 0 is read in the order it lies in, on several threads."""
+        entries = [self._present(key) for key in keys]
+        stored = [at for at, key in enumerate(keys) if key.level == 0 or self._store.has(entries[at].blob_id)]
+        found = dict(zip(stored, self._store.read_tiles([entries[at].blob_id for at in stored]), strict=True))
+        return [found[at] if at in found else self.tile(key) for at, key in enumerate(keys)]
+
+    @contextmanager
+    def view(self, key: TileKey) -> Generator[Array | bytes]:
+        """A tile without copying where it is stored raw; its place in the pack is locked while the array lives."""
+        entry = self._present(key)
+        if key.level and not self._store.has(entry.blob_id):
+            yield self.tile(key)
+            return
+        with self._store.view(entry.blob_id) as values:
+            yield values
 
     def meta(self, key: TileKey) -> TileMeta:
         """What is known of a tile without its values. Raises NotFoundError."""

@@ -1,7 +1,7 @@
 """Appending to a pack and walking through one, on a Disk."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
@@ -28,7 +28,7 @@ class PackWriter:
         self.file = file
         self._end = end
         self._start = end
-        self._rows: list[tuple[bytes, int, int, int]] = []
+        self._rows: list[tuple[BlobId, int, int, int]] = []
         self._leaves: list[bytes] = []
         self._lock = threading.Lock()
 
@@ -37,31 +37,39 @@ class PackWriter:
         """Where the next record will begin."""
         return self._end
 
-    def append(
-        self, kind: int, codec: int, blob: BlobId, meta: bytes, stored: bytes, raw_size: int, origin: bytes
-    ) -> tuple[int, int]:
-        """Write one record; (offset, size). On failure nothing has advanced and the next append overwrites it."""
+    def append(self, drafts: Sequence[layout.Draft]) -> list[tuple[int, int]]:
+        """Write records one after the other in one go; (offset, size) of each.
+
+        On failure nothing has advanced and the next append overwrites what may have been written.
+        """
         with self._lock:
-            offset = self._end
-            data, digest, size = layout.encode_record(offset, kind, codec, blob, meta, stored, raw_size, origin)
-            self.file.write_at(offset, data)
-            self._end = offset + len(data)
-            self._rows.append((blob, offset, size, kind))
-            self._leaves.append(digest)
-            return offset, size
+            end, parts = self._end, list[bytes | memoryview]()
+            places: list[tuple[int, int]] = []
+            digests: list[bytes] = []
+            for draft in drafts:
+                record = layout.encode_record(end, draft)
+                parts += record.parts
+                places.append((end, record.size))
+                digests.append(record.digest)
+                end = layout.aligned(end + record.size)
+            self.file.write_at(self._end, *parts)
+            self._end = end
+            self._rows += [(draft.blob_id, *at, draft.kind) for draft, at in zip(drafts, places, strict=True)]
+            self._leaves += digests
+            return places
 
     def close_range(self) -> PackRange:
         """Write the index record of what was appended since the last range, and make it all durable."""
         with self._lock:
             root = merkle.root(self._leaves)
-            index_offset, end = self._index(KIND_INDEX, self._rows, root)
+            index_offset, end = self._index(KIND_INDEX, layout.rows_of(self._rows), root)
             self.file.sync()
             closed = PackRange(self.name, self._start, index_offset, end, root)
             self._start = self._end = end
             self._rows, self._leaves = [], []
             return closed
 
-    def finish(self, rows: list[tuple[bytes, int, int, int]], range_roots: list[bytes]) -> PackFinished:
+    def finish(self, rows: layout.Rows, range_roots: list[bytes]) -> PackFinished:
         """Write footer and trailer after the last range; the pack never grows again.
 
         Args:
@@ -78,24 +86,34 @@ class PackWriter:
             self.file.sync()
             return PackFinished(self.name, size, root)
 
-    def _index(self, kind: int, rows: list[tuple[bytes, int, int, int]], root: bytes) -> tuple[int, int]:
+    def _index(self, kind: int, rows: layout.Rows, root: bytes) -> tuple[int, int]:
         payload = layout.encode_rows(rows)
         meta = msgspec.msgpack.encode([self._start, len(rows), root])
-        data, _, _ = layout.encode_record(self._end, kind, 0, blob_id(kind, meta, payload), meta, payload, len(payload))
-        self.file.write_at(self._end, data)
-        return self._end, self._end + len(data)
+        draft = layout.Draft(kind, 0, blob_id(kind, meta, payload), meta, payload, len(payload))
+        record = layout.encode_record(self._end, draft)
+        self.file.write_at(self._end, *record.parts)
+        return self._end, layout.aligned(self._end + record.size)
 
     def close(self) -> None:
         """Release the file and its lock; an unfinished pack may be continued by another writer."""
         self.file.close()
 
 
-def read_record(file: File, name: str, offset: int, length: int, expect: BlobId | None = None) -> layout.Record:
-    """The verified record at `offset`. Raises IntegrityError with object and place."""
-    return layout.decode_record(file.read_at(offset, length), f"{name} @ {offset}", expect)
+def read_record(
+    file: File, name: str, offset: int, length: int, expect: BlobId | None = None, buffer: memoryview | None = None
+) -> layout.Record:
+    """The verified record at `offset`, in `buffer` (of `length` bytes) when one is given.
+
+    Raises:
+        IntegrityError: with object and place.
+    """
+    place = f"{name} @ {offset}"
+    if buffer is None:
+        return layout.decode_record(file.read_at(offset, length), place, expect)
+    return layout.decode_record(buffer[: file.read_into(offset, buffer)], place, expect)
 
 
-def read_index(file: File, named: PackRange) -> list[tuple[bytes, int, int, int]]:
+def read_index(file: File, named: PackRange) -> layout.Rows:
     """Rows (blob_id, offset, length, kind) of a committed range.
 
     Raises:
@@ -109,14 +127,7 @@ def read_index(file: File, named: PackRange) -> list[tuple[bytes, int, int, int]
         start, merkle_root = -1, b""
     if record.header.kind != KIND_INDEX or start != named.start or merkle_root != named.merkle_root:
         raise IntegrityError("the index record is not the one committed", place=place)
-    rows = layout.decode_rows(record.stored, place)
-    blobs = rows["blob"].tobytes()
-    return [
-        (blobs[i * 32 : i * 32 + 32], offset, length, kind)
-        for i, (offset, length, kind) in enumerate(
-            zip(rows["offset"].tolist(), rows["length"].tolist(), rows["kind"].tolist(), strict=True)
-        )
-    ]
+    return layout.decode_rows(record.stored, place)
 
 
 def walk(file: File, name: str, start: int, end: int) -> Iterator[tuple[int, layout.Record | IntegrityError]]:

@@ -4,7 +4,7 @@ Every byte is covered: headers carry their own digest, payloads are digested in 
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from him.config import FORMAT_VERSION, META_BYTES_MAX, PACK_ALIGN_BYTES, PAYLOAD_ALIGN_BYTES, PAYLOAD_ALIGN_FROM_BYTES
 from him.errors import IntegrityError, VersionError
+from him.tile.address import blob_id
 from him.types import BlobId
 
 FILE_HEADER_BYTES: Final = 128
@@ -22,6 +23,8 @@ _FILE_MAGIC: Final = b"HIMPACK\x01"
 _RECORD_MAGIC: Final = b"HREC"
 _TRAILER_MAGIC: Final = b"HIMPKEND"
 _NO_ID: Final = bytes(16)
+_RAW: Final = 0
+"""The codec of payloads stored as they are (`tile.codec.RAW`)."""
 
 # magic, version, kind, codec, header length, padding length, stored length, raw length, blob_id, stored digest,
 # delta base, delta depth, flags, reserved, key id, nonce, origin, parity group, reserved
@@ -31,6 +34,8 @@ _TRAILER: Final = struct.Struct("<8sQQ32s8s")
 
 ROW: Final = np.dtype([("blob", "u1", 32), ("offset", "<u8"), ("length", "<u8"), ("kind", "u1"), ("zero", "u1", 7)])
 """A row of an index record or footer: 56 bytes, sorted by blob, then offset."""
+Rows = NDArray[np.void]
+"""A table of `ROW`."""
 
 
 class RecordHeader(NamedTuple):
@@ -60,11 +65,33 @@ class RecordHeader(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A verified record."""
+    """A verified record; `stored` is a view of the bytes it was read from."""
 
     header: RecordHeader
     meta: bytes
-    stored: bytes
+    stored: memoryview
+
+
+class Draft(NamedTuple):
+    """What a record will hold, before its place is known. A delta names the blob it changes and its depth."""
+
+    kind: int
+    codec: int
+    blob_id: BlobId
+    meta: bytes
+    stored: bytes | memoryview
+    raw_size: int
+    origin: bytes = _NO_ID
+    delta_base: bytes = bytes(32)
+    delta_depth: int = 0
+
+
+class Encoded(NamedTuple):
+    """A record for one place: the bytes to append there, the header's digest, its size without what aligns the next."""
+
+    parts: tuple[bytes | memoryview, ...]
+    digest: bytes
+    size: int
 
 
 def aligned(offset: int, to: int = PACK_ALIGN_BYTES) -> int:
@@ -87,35 +114,28 @@ def check_file_header(data: bytes, place: str) -> None:
         raise VersionError("the pack was written by a newer format", place=place)
 
 
-def encode_record(
-    offset: int,
-    kind: int,
-    codec: int,
-    blob: BlobId,
-    meta: bytes,
-    stored: bytes,
-    raw_size: int,
-    origin: bytes = _NO_ID,
-) -> tuple[bytes, bytes, int]:
-    """(bytes to append at `offset`, the header's digest, the record's size).
+def encode_record(offset: int, draft: Draft) -> Encoded:
+    """The record as it stands at `offset`, with zeros up to the next aligned offset.
 
-    The bytes include zeros up to the next aligned offset. Large raw payloads are aligned to pages of memory, so
-    that they can be mapped.
+    Large raw payloads are aligned to pages of memory, so that they can be mapped.
     """
+    meta, stored = draft.meta, draft.stored
     start = offset + RECORD_HEADER_BYTES + len(meta)
-    align = PAYLOAD_ALIGN_BYTES if codec == 0 and len(stored) >= PAYLOAD_ALIGN_FROM_BYTES else 1
+    align = PAYLOAD_ALIGN_BYTES if draft.codec == _RAW and len(stored) >= PAYLOAD_ALIGN_FROM_BYTES else 1
     pad = aligned(start, align) - start
     fixed = _RECORD.pack(
-        _RECORD_MAGIC, FORMAT_VERSION, kind, codec, len(meta), pad, len(stored), raw_size, blob,
-        blake3(stored).digest(), bytes(32), 0, 0, bytes(6), _NO_ID, bytes(24), origin, _NO_ID, bytes(16),
+        _RECORD_MAGIC, FORMAT_VERSION, draft.kind, draft.codec, len(meta), pad, len(stored), draft.raw_size,
+        draft.blob_id, draft.blob_id if draft.codec == _RAW else blake3(stored).digest(), draft.delta_base,
+        draft.delta_depth, 0, bytes(6), _NO_ID, bytes(24), draft.origin, _NO_ID, bytes(16),
     )  # fmt: skip
     digest = blake3(fixed + meta).digest()
     size = RECORD_HEADER_BYTES + len(meta) + pad + len(stored)
-    tail = bytes(aligned(offset + size) - offset - size)
-    return b"".join((fixed, digest, meta, bytes(pad), stored, tail)), digest, size
+    return Encoded(
+        (fixed + digest + meta + bytes(pad), stored, bytes(-(offset + size) % PACK_ALIGN_BYTES)), digest, size
+    )
 
 
-def decode_header(data: bytes, place: str) -> RecordHeader:
+def decode_header(data: bytes | memoryview, place: str) -> RecordHeader:
     """The fixed header at the start of `data` (digest and version are checked in `decode_record`, with the meta).
 
     Raises:
@@ -123,48 +143,28 @@ def decode_header(data: bytes, place: str) -> RecordHeader:
     """
     if len(data) < RECORD_HEADER_BYTES or data[:4] != _RECORD_MAGIC:
         raise IntegrityError("no record header here", place=place)
-    fields = _RECORD.unpack(data[: _RECORD.size])
     (
-        _,
-        _,
-        kind,
-        codec,
-        meta,
-        pad,
-        stored,
-        raw,
-        blob,
-        digest,
-        base,
-        depth,
-        flags,
-        _,
-        key,
-        nonce,
-        origin,
-        group,
-        _,
-    ) = fields
+        _, _, kind, codec, meta, pad, stored, raw, blob, digest, base, depth, flags, _, key, nonce, origin, group, _,
+    ) = _RECORD.unpack_from(data)  # fmt: skip
     if meta > META_BYTES_MAX or pad > PAYLOAD_ALIGN_BYTES or stored > 2**32:
         raise IntegrityError("record header names impossible sizes", place=place)
-    own = data[_RECORD.size : RECORD_HEADER_BYTES]
+    own = bytes(data[_RECORD.size : RECORD_HEADER_BYTES])
     return RecordHeader(
         kind, codec, meta, pad, stored, raw, BlobId(blob), digest, base, depth, flags, key, nonce, origin, group, own
     )
 
 
-def header_verifies(data: bytes) -> bool:
+def header_verifies(data: bytes | memoryview) -> bool:
     """Whether `data` begins with a record header whose digest, meta included, holds."""
     try:
         header = decode_header(data, "")
     except IntegrityError:
         return False
-    meta = data[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.meta_size]
-    return blake3(data[: _RECORD.size] + meta).digest() == header.digest
+    return _header_digest(data, header) == header.digest
 
 
-def decode_record(data: bytes, place: str, expect: BlobId | None = None) -> Record:
-    """The verified record at the start of `data`.
+def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = None) -> Record:
+    """The verified record at the start of `data`, whose payload is not copied.
 
     Args:
         expect: the blob_id it must bear, so that a misplaced record cannot pass.
@@ -175,36 +175,56 @@ def decode_record(data: bytes, place: str, expect: BlobId | None = None) -> Reco
     """
     header = decode_header(data, place)
     body = RECORD_HEADER_BYTES + header.meta_size
-    meta = data[RECORD_HEADER_BYTES:body]
-    stored = data[body + header.pad_size : body + header.pad_size + header.stored_size]
-    named = header.blob_id.hex()
-    if blake3(data[: _RECORD.size] + meta).digest() != header.digest:
-        raise IntegrityError("record header does not match its digest", object=named, place=place)
-    if int.from_bytes(data[4:6], "little") > FORMAT_VERSION:
-        raise VersionError("the record was written by a newer format", object=named, place=place)
+    if _header_digest(data, header) != header.digest:
+        raise IntegrityError("record header does not match its digest", object=header.blob_id.hex(), place=place)
+    if data[4] | data[5] << 8 > FORMAT_VERSION:
+        raise VersionError("the record was written by a newer format", object=header.blob_id.hex(), place=place)
     if expect is not None and header.blob_id != expect:
-        raise IntegrityError(f"another record lies here ({named[:12]}…)", object=expect.hex(), place=place)
-    if len(stored) != header.stored_size or blake3(stored).digest() != header.stored_digest:
-        raise IntegrityError("stored bytes do not match their digest", object=named, place=place)
-    if data[body : body + header.pad_size].count(0) != header.pad_size:
-        raise IntegrityError("padding is not zero", object=named, place=place)
+        raise IntegrityError(
+            f"another record lies here ({header.blob_id.hex()[:12]}…)", object=expect.hex(), place=place
+        )
+    meta = bytes(data[RECORD_HEADER_BYTES:body])
+    stored = memoryview(data)[body + header.pad_size : body + header.pad_size + header.stored_size]
+    if len(stored) != header.stored_size or _stored_digest(header, meta, stored) != header.stored_digest:
+        raise IntegrityError("stored bytes do not match their digest", object=header.blob_id.hex(), place=place)
+    if bytes(data[body : body + header.pad_size]).count(0) != header.pad_size:
+        raise IntegrityError("padding is not zero", object=header.blob_id.hex(), place=place)
     return Record(header, meta, stored)
 
 
-def encode_rows(rows: Iterable[tuple[bytes, int, int, int]]) -> bytes:
-    """Rows (blob_id, offset, length, kind) sorted by blob, as an index record's payload."""
-    ordered = sorted(rows)
-    table = np.zeros(len(ordered), dtype=ROW)
-    if ordered:
-        table["blob"] = np.frombuffer(b"".join(row[0] for row in ordered), dtype=np.uint8).reshape(-1, 32)
-        table["offset"] = [row[1] for row in ordered]
-        table["length"] = [row[2] for row in ordered]
-        table["kind"] = [row[3] for row in ordered]
-    return table.tobytes()
+def _header_digest(data: bytes | memoryview, header: RecordHeader) -> bytes:
+    fixed, end = memoryview(data)[: _RECORD.size], RECORD_HEADER_BYTES + header.meta_size
+    return blake3(b"".join((fixed, memoryview(data)[RECORD_HEADER_BYTES:end]))).digest()
 
 
-def decode_rows(payload: bytes, place: str) -> NDArray[np.void]:
-    """Inverse of `encode_rows`, as a structured array of `ROW`. Raises IntegrityError for a torn table."""
+def _stored_digest(header: RecordHeader, meta: bytes, stored: memoryview) -> bytes:
+    """A payload stored as it is is covered by the blob_id itself: it is digested once, not twice."""
+    if header.codec == _RAW and not any(header.key_id):
+        return blob_id(header.kind, meta, stored)
+    return blake3(stored).digest()
+
+
+def rows_of(rows: Sequence[tuple[bytes, int, int, int]]) -> Rows:
+    """Rows (blob_id, offset, length, kind) as a table, in the order given."""
+    table = np.zeros(len(rows), dtype=ROW)
+    if rows:
+        table["blob"] = np.frombuffer(b"".join(row[0] for row in rows), dtype=np.uint8).reshape(-1, 32)
+        table["offset"] = [row[1] for row in rows]
+        table["length"] = [row[2] for row in rows]
+        table["kind"] = [row[3] for row in rows]
+    return table
+
+
+def encode_rows(table: Rows) -> bytes:
+    """An index record's payload: the rows sorted by blob_id, then offset."""
+    if not len(table):
+        return b""
+    words = np.ascontiguousarray(table["blob"]).view(">u8")
+    return table[np.lexsort((table["offset"], *(words[:, i] for i in reversed(range(4)))))].tobytes()
+
+
+def decode_rows(payload: bytes | memoryview, place: str) -> Rows:
+    """Inverse of `encode_rows`. Raises IntegrityError for a torn table."""
     if len(payload) % ROW.itemsize:
         raise IntegrityError("index rows are torn", place=place)
     return np.frombuffer(payload, dtype=ROW)

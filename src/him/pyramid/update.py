@@ -1,10 +1,14 @@
-"""Reading and copy-on-write updating of one frame's pages: get, scan, update, resize."""
+"""Reading and copy-on-write updating of one frame's pages: get, look up, scan, update, grow."""
 
 from collections.abc import Iterator, Mapping
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from him.config import PAGE_SIDE
 from him.pyramid import page
-from him.pyramid.page import PageStore
+from him.pyramid.page import CELL_BYTES, CHILD_BYTES, Page, PagesStore, PageStore
 from him.tile.address import KIND_PAGE
 from him.types import BlobId, Box, Entry
 
@@ -12,23 +16,70 @@ Cell = tuple[int, int]
 """(row, column) of a tile at level 0."""
 NOTHING = b""
 """The root of a frame without tiles: empty pages vanish."""
+_SIDE_BITS: Final = PAGE_SIDE.bit_length() - 1
+_SLOT_BITS: Final = 2 * _SIDE_BITS
+_SLOTS: Final = PAGE_SIDE * PAGE_SIDE
 
 
-def load(store: PageStore, root: bytes, height: int) -> page.Page:
+class Cells(NamedTuple):
+    """Cells of one frame as columns of a table: rows and columns (n) int64, raw entries (n, 48), presence (n).
+
+    An absent one is to be deleted. Millions of cells fit where as many Python objects would not.
+    """
+
+    rows: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    raw: NDArray[np.uint8]
+    present: NDArray[np.bool_]
+
+    @staticmethod
+    def of(cells: Mapping[Cell, Entry | None]) -> "Cells":
+        """The same cells, in the mapping's order."""
+        places = np.array(list(cells), dtype=np.int64).reshape(-1, 2)
+        absent = bytes(CELL_BYTES)
+        raw = b"".join(absent if value is None else page.raw_entry(value) for value in cells.values())
+        present = np.fromiter((value is not None for value in cells.values()), dtype=np.bool_, count=len(cells))
+        table = np.frombuffer(bytearray(raw), dtype=np.uint8).reshape(-1, CELL_BYTES)
+        return Cells(places[:, 0], places[:, 1], table, present)
+
+
+def load(store: PageStore, root: bytes, height: int) -> Page:
     """The parsed page with this hash. Raises IntegrityError."""
     return page.decode(store.page(KIND_PAGE, BlobId(root)), height)
 
 
 def get(store: PageStore, root: bytes, height: int, row: int, column: int) -> Entry | None:
     """The entry at a cell, or None where nothing was put."""
-    if not root or max(row, column) >= page.side(height):
+    if not root or (row | column) >> (_SIDE_BITS * (height + 1)):
         return None
-    while True:
-        step = page.side(height) // PAGE_SIDE
-        raw = load(store, root, height).get(row // step % PAGE_SIDE * PAGE_SIDE + column // step % PAGE_SIDE)
-        if raw is None or height == 0:
-            return None if raw is None else page.entry(raw)
-        root, height = raw, height - 1
+    raw: bytes | None = root
+    for step in range(height, -1, -1):
+        down = _SIDE_BITS * step
+        slot = (row >> down & PAGE_SIDE - 1) << _SIDE_BITS | column >> down & PAGE_SIDE - 1
+        raw = page.find(store.page(KIND_PAGE, BlobId(raw)), step, slot)
+        if raw is None:
+            return None
+    return page.entry(raw)
+
+
+def look_up(
+    store: PagesStore, root: bytes, height: int, rows: NDArray[np.int64], columns: NDArray[np.int64]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Raw entries (n, 48) at many cells, zeros where nothing was put, and which are present (n)."""
+    raw = np.zeros((len(rows), CELL_BYTES), dtype=np.uint8)
+    present = np.zeros(len(rows), dtype=np.bool_)
+    inside = np.flatnonzero((rows | columns) >> (_SIDE_BITS * (height + 1)) == 0)
+    if not root or not len(inside):
+        return raw, present
+    keys = _paths(rows[inside], columns[inside], height)
+    leaves = _touched(store, root, height, np.unique(keys))[0]
+    for at, key in zip(inside.tolist(), keys.tolist(), strict=True):
+        leaf = leaves[key >> _SLOT_BITS]
+        found = None if leaf is None else leaf.get(key & _SLOTS - 1)
+        if found is not None:
+            raw[at] = np.frombuffer(found, dtype=np.uint8)
+            present[at] = True
+    return raw, present
 
 
 def scan(
@@ -53,56 +104,104 @@ def scan(
             yield from scan(store, raw, height - 1, window, (row, column))
 
 
-def update(store: PageStore, root: bytes, height: int, changes: Mapping[Cell, Entry | None]) -> bytes:
-    """The root after putting (or, with None, deleting) cells; NOTHING when no cell is left.
+def update(store: PagesStore, root: bytes, height: int, changes: Cells | Mapping[Cell, Entry | None]) -> bytes:
+    """The root after putting (or deleting) cells; NOTHING when no cell is left.
 
-    Every change must lie within the cells that `height` covers. Untouched pages are shared.
+    Every change must lie within the cells that `height` covers, each cell at most once. Untouched pages are shared.
+    The touched pages are read from the top down and written from the bottom up, a level at a time.
     """
-    step = page.side(height) // PAGE_SIDE
-    slots = dict(load(store, root, height).slots()) if root else {}
-    if height == 0:
-        for (row, column), value in changes.items():
-            slot = row % PAGE_SIDE * PAGE_SIDE + column % PAGE_SIDE
-            if value is None:
-                slots.pop(slot, None)
-            else:
-                slots[slot] = page.raw_entry(value)
-    else:
-        below: dict[int, dict[Cell, Entry | None]] = {}
-        for (row, column), value in changes.items():
-            slot = row // step % PAGE_SIDE * PAGE_SIDE + column // step % PAGE_SIDE
-            below.setdefault(slot, {})[row, column] = value
-        for slot in sorted(below):
-            child = update(store, slots.get(slot, NOTHING), height - 1, below[slot])
-            if child:
-                slots[slot] = child
-            else:
-                slots.pop(slot, None)
-    return store.put_page(KIND_PAGE, page.encode(height, slots)) if slots else NOTHING
+    cells = changes if isinstance(changes, Cells) else Cells.of(changes)
+    if not len(cells.rows):
+        return root
+    keys = _paths(cells.rows, cells.columns, height)
+    order = np.argsort(keys, kind="stable")
+    keys, raw, present = keys[order], cells.raw[order], cells.present[order]
+    old = _touched(store, root, height, keys)
+    payloads = _leaves(old[0], keys, raw, present)
+    for step in range(height + 1):
+        changed = [path for path, payload in payloads.items() if payload]
+        hashes: dict[int, bytes] = dict.fromkeys(payloads, NOTHING)
+        hashes.update(zip(changed, store.put_pages(KIND_PAGE, [payloads[path] for path in changed]), strict=True))
+        if step == height:
+            return hashes[0]
+        above: dict[int, list[tuple[int, bytes | None]]] = {}
+        for path, blob in hashes.items():
+            above.setdefault(path >> _SLOT_BITS, []).append((path & _SLOTS - 1, blob or None))
+        payloads = {path: _edited(old[step + 1][path], step + 1, slots) for path, slots in above.items()}
+    raise AssertionError("the loop ends at the root")
 
 
-def resize(store: PageStore, root: bytes, height: int, rows: int, columns: int, *, cut: bool) -> tuple[bytes, int]:
-    """(root, height) of the same cells in a frame of rows × columns tiles.
-
-    Args:
-        cut: remove what falls outside; not needed (and slower) where the frame only grows.
-    """
+def grow(store: PageStore, root: bytes, height: int, rows: int, columns: int) -> tuple[bytes, int]:
+    """(root, height) of the same cells in a frame that has become at least rows × columns tiles large."""
     wanted = page.root_height(rows, columns)
     while height < wanted:
         root = store.put_page(KIND_PAGE, page.encode(height + 1, {0: root})) if root else NOTHING
         height += 1
-    covered = page.side(height)
-    outside = [
-        window
-        for window in (Box(columns, 0, covered - columns, covered), Box(0, rows, covered, covered - rows))
-        if cut and root and window.area
-    ]
-    gone: dict[Cell, Entry | None] = {
-        (row, column): None for window in outside for row, column, _ in scan(store, root, height, window)
-    }
-    if gone:
-        root = update(store, root, height, gone)
-    while height > wanted:
-        root = (load(store, root, height).get(0) or NOTHING) if root else NOTHING
-        height -= 1
     return root, height
+
+
+# -- inner
+
+
+def _paths(rows: NDArray[np.int64], columns: NDArray[np.int64], height: int) -> NDArray[np.uint64]:
+    """The way from the root to each cell: the slots taken, six bits each, the root's first.
+
+    Shifted right by six bits, the path of a cell is that of its page, and so on up; sorted, it is Morton order
+    between pages of one level.
+    """
+    keys = np.zeros(len(rows), dtype=np.int64)
+    for step in range(height, -1, -1):
+        down = _SIDE_BITS * step
+        keys = keys << _SLOT_BITS | (rows >> down & PAGE_SIDE - 1) << _SIDE_BITS | columns >> down & PAGE_SIDE - 1
+    return keys.view(np.uint64)
+
+
+def _touched(store: PagesStore, root: bytes, height: int, keys: NDArray[np.uint64]) -> list[dict[int, Page | None]]:
+    """For each height the pages on the way to sorted cell paths, by page path; None where there is none yet."""
+    found: list[dict[int, Page | None]] = [{} for _ in range(height + 1)]
+    for step in range(height, -1, -1):
+        paths = keys >> np.uint64(_SLOT_BITS * (step + 1))
+        wanted: dict[int, bytes | None] = {}
+        for path in paths[np.flatnonzero(np.diff(paths, prepend=~paths[:1]))].tolist():
+            parent = found[step + 1][path >> _SLOT_BITS] if step < height else None
+            wanted[path] = root if step == height else parent and parent.get(path & _SLOTS - 1)
+        blobs = [BlobId(blob) for blob in wanted.values() if blob]
+        payloads = iter(store.load_pages(KIND_PAGE, blobs))
+        found[step] = {path: page.decode(next(payloads), step) if blob else None for path, blob in wanted.items()}
+    return found
+
+
+def _leaves(
+    old: Mapping[int, Page | None], keys: NDArray[np.uint64], raw: NDArray[np.uint8], present: NDArray[np.bool_]
+) -> dict[int, bytes]:
+    """New payloads of the touched leaf pages, by page path."""
+    paths = keys >> np.uint64(_SLOT_BITS)
+    starts = np.flatnonzero(np.diff(paths, prepend=~paths[:1]))
+    slots = keys & np.uint64(_SLOTS - 1)
+    bitmaps = np.bitwise_or.reduceat(np.uint64(1) << slots, starts).tolist()
+    whole = np.logical_and.reduceat(present, starts).tolist()
+    bounds = [*starts.tolist(), len(keys)]
+    data, numbers, kept = raw.tobytes(), slots.tolist(), present.tolist()
+    payloads: dict[int, bytes] = {}
+    for number, path in enumerate(paths[starts].tolist()):
+        start, end = bounds[number], bounds[number + 1]
+        page_before = old[path]
+        if page_before is None and whole[number]:
+            entries = data[start * CELL_BYTES : end * CELL_BYTES]
+            payloads[path] = page.assembled(0, bitmaps[number], entries)
+            continue
+        changes = [
+            (numbers[at], data[at * CELL_BYTES : (at + 1) * CELL_BYTES] if kept[at] else None)
+            for at in range(start, end)
+        ]
+        payloads[path] = _edited(page_before, 0, changes)
+    return payloads
+
+
+def _edited(before: Page | None, height: int, changes: list[tuple[int, bytes | None]]) -> bytes:
+    if before is not None:
+        return before.edited(changes)
+    return page.encode(height, {slot: raw for slot, raw in changes if raw is not None})
+
+
+__all__ = ["CHILD_BYTES", "NOTHING", "Cell", "Cells", "get", "grow", "load", "look_up", "scan", "update"]

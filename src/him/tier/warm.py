@@ -1,17 +1,22 @@
 """The warm tier: blobs in local packs, every read verified, every write appended to this process's own pack."""
 
+import os
+import sys
 import threading
-from collections import OrderedDict
-from typing import Final
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Final, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from him.config import PACK_TARGET_BYTES, PAGE_CACHE_PAGES
+from him.config import BUFFER_FROM_BYTES, BUFFERS_KEPT_BYTES, PACK_TARGET_BYTES, PAGE_CACHE_BYTES, READ_THREADS_MAX
 from him.errors import BusyError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_index, read_record
+from him.pack.format import Draft
 from him.ports import Disk, File, Projection, Rng
 from him.tier.address import AddressIndex, Location
 from him.tile import codec
@@ -19,6 +24,10 @@ from him.tile.address import KIND_TILE, blob_id
 from him.types import BlobId, PackFinished, PackRange
 
 PACK_FOLDER: Final = "packs"
+Values = NDArray[np.generic] | bytes
+"""A tile's array, or a document."""
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Blob(msgspec.Struct, frozen=True):
@@ -27,7 +36,61 @@ class Blob(msgspec.Struct, frozen=True):
     kind: int
     codec: int
     meta: bytes
-    stored: bytes
+    stored: memoryview
+
+
+class _Buffers:
+    """Memory for large records, used again once nothing refers to it any more."""
+
+    def __init__(self) -> None:
+        self._kept: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> memoryview:
+        """A writable view of `size` bytes; its memory is free again when the last reference to it goes."""
+        with self._lock:
+            for at in range(len(self._kept)):
+                buffer = self._kept[at]
+                # The list's reference, this loop's, and getrefcount's own.
+                if size <= buffer.size <= 2 * size and sys.getrefcount(buffer) <= 3:
+                    self._kept.append(self._kept.pop(at))
+                    return buffer.data[:size]
+            fresh = np.empty(layout.aligned(size, BUFFER_FROM_BYTES), dtype=np.uint8)
+            self._kept.append(fresh)
+            while sum(buffer.size for buffer in self._kept) > BUFFERS_KEPT_BYTES:
+                self._kept.pop(0)
+            return fresh.data[:size]
+
+
+class _Pages:
+    """Verified payloads of the pages used last, in two generations: a hit takes no lock and moves nothing."""
+
+    def __init__(self) -> None:
+        self._young: dict[bytes, bytes] = {}
+        self._old: dict[bytes, bytes] = {}
+        self._young_bytes = 0
+        self._lock = threading.Lock()
+
+    def get(self, blob: bytes) -> bytes | None:
+        """The payload, or None."""
+        found = self._young.get(blob)
+        if found is None and (found := self._old.get(blob)) is not None:
+            self.put(blob, found)
+        return found
+
+    def put(self, blob: bytes, payload: bytes) -> None:
+        """Keep a payload; when the young fill half of the room, the old ones that nobody asked for go."""
+        with self._lock:
+            if blob not in self._young:
+                self._young_bytes += len(payload)
+            self._young[blob] = payload
+            if self._young_bytes > PAGE_CACHE_BYTES // 2:
+                self._old, self._young, self._young_bytes = self._young, {}, 0
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._young, self._old, self._young_bytes = {}, {}, 0
 
 
 class WarmStore:
@@ -48,11 +111,16 @@ class WarmStore:
         self._numbers: dict[str, int] = {}
         self._addresses = AddressIndex(disk)
         self._addresses_loaded = False
+        self._addresses_sound = False
         self._pending: dict[bytes, tuple[str, Location]] = {}
         self._writer: PackWriter | None = None
         self._spoiled: set[str] = set()
-        self._pages: OrderedDict[bytes, bytes] = OrderedDict()
+        self._pages = _Pages()
+        self._buffers = _Buffers()
+        self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.RLock()
+        # One batch is appended at a time, while others read.
+        self._appending = threading.RLock()
         self.written_bytes = 0
         """Bytes appended to packs since the store was opened."""
         self.written_pages = 0
@@ -73,34 +141,56 @@ class WarmStore:
         Raises:
             IntegrityError: missing though something refers to it, or damaged; names the place.
         """
-        name, at = self._place(blob)
-        record = read_record(self._file(name), name, at.offset, at.length, blob)
-        if record.header.delta_depth or any(record.header.key_id):
-            raise IntegrityError("the record needs a feature this version lacks", object=blob.hex(), place=name)
-        return Blob(record.header.kind, record.header.codec, record.meta, record.stored)
+        return self._located(blob, lambda name, at: self._read(blob, name, at))
 
-    def read_tile(self, blob: BlobId) -> NDArray[np.generic] | bytes:
-        """Decoded values of a tile (owned, read-only), or a document's bytes. Raises IntegrityError."""
-        found = self.read(blob)
-        if found.kind != KIND_TILE:
-            raise IntegrityError("a tile's place holds something else", object=blob.hex())
-        try:
-            return codec.decode(found.meta, found.codec, found.stored)
-        except IntegrityError as error:
-            raise IntegrityError(error.message, object=blob.hex(), place=self.place(blob)) from error
+    def read_tile(self, blob: BlobId) -> Values:
+        """Decoded values of a tile (read-only memory of their own), or a document's bytes. Raises IntegrityError."""
+        return self._decoded(blob, self.read(blob))
+
+    def read_tiles(self, blobs: Sequence[BlobId]) -> list[Values]:
+        """`read_tile` of each, in the order asked for; read in the order they lie in, on several threads."""
+        places = {blob: self._place(blob) for blob in blobs}
+        order = sorted(places, key=lambda blob: (places[blob][0], places[blob][1].offset))
+        size = sum(at.length for _, at in places.values())
+        values = self.spread(self.read_tile, order) if size >= BUFFER_FROM_BYTES else [*map(self.read_tile, order)]
+        found = dict(zip(order, values, strict=True))
+        return [found[blob] for blob in blobs]
+
+    @contextmanager
+    def view(self, blob: BlobId) -> Generator[Values]:
+        """A tile without copying: read-only memory of the pack itself, verified, locked against eviction.
+
+        Only what is stored raw and unquantised can be lent; anything else is a copy. The range stays locked while
+        any reference to the array lives.
+        """
+        yield self._decoded(blob, self._located(blob, lambda name, at: self._lent(blob, name, at)))
+
+    def spread(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+        """The results of `work` on each item, in order; on several threads where the machine has them."""
+        threads = min(READ_THREADS_MAX, os.cpu_count() or 1, len(items))
+        if threads < 2:
+            return [work(item) for item in items]
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(min(READ_THREADS_MAX, os.cpu_count() or 1), "him")
+        return list(self._threads.map(work, items))
 
     def page(self, kind: int, blob: BlobId) -> bytes:
         """Payload of a page, directory node or companion, from a cache of verified copies when possible."""
-        with self._lock:
-            cached = self._pages.get(blob)
-            if cached is not None:
-                self._pages.move_to_end(blob)
-                return cached
+        cached = self._pages.get(blob)
+        if cached is not None:
+            return cached
         found = self.read(blob)
-        if found.kind != kind or found.codec != codec.RAW or blob_id(kind, found.meta, found.stored) != blob:
+        # Its bytes are those of its name: a raw record is verified by its blob_id.
+        if found.kind != kind or found.codec != codec.RAW:
             raise IntegrityError("a page's place holds something else", object=blob.hex(), place=self.place(blob))
-        self._remember(blob, found.stored)
-        return found.stored
+        payload = bytes(found.stored)
+        self._pages.put(blob, payload)
+        return payload
+
+    def load_pages(self, kind: int, blobs: Sequence[BlobId]) -> list[bytes]:
+        """`page` of each, in the order asked for."""
+        return [self.page(kind, blob) for blob in blobs]
 
     def place(self, blob: BlobId) -> str:
         """`packs/NAME @ offset` for messages; "nowhere" when unknown."""
@@ -118,14 +208,23 @@ class WarmStore:
 
     def put_tile(self, tile: codec.EncodedTile, origin: bytes) -> bool:
         """Store an encoded tile unless it is there; True when bytes were written."""
-        return self._put(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, tile.raw_size, origin)
+        return self.put_tiles([tile], origin) == 1
+
+    def put_tiles(self, tiles: Sequence[codec.EncodedTile], origin: bytes) -> int:
+        """Store the tiles that are not there yet; how many were written."""
+        drafts = [
+            Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, tile.raw_size, origin)
+            for tile in tiles
+        ]
+        return self._put(drafts)
 
     def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
         """Store a page, directory node or companion unless it is there; its hash."""
-        blob = blob_id(kind, meta, payload)
-        self.written_pages += self._put(kind, codec.RAW, blob, meta, payload, len(payload), bytes(16))
-        self._remember(blob, payload)
-        return blob
+        return self._put_pages(kind, [payload], meta)[0]
+
+    def put_pages(self, kind: int, payloads: Sequence[bytes]) -> list[BlobId]:
+        """Store the pages that are not there yet; their hashes in order."""
+        return self._put_pages(kind, payloads, b"")
 
     @property
     def writing(self) -> bool:
@@ -138,7 +237,7 @@ class WarmStore:
         Only under the log's lock, with the projection at its head: a range that was committed after an older view
         would be cut off.
         """
-        with self._lock:
+        with self._appending, self._lock:
             if self._writer is not None:
                 return
             ends = {named.pack: named.end for _, named in self._projection.ranges(0)}
@@ -162,7 +261,7 @@ class WarmStore:
 
     def close_range(self) -> PackRange | None:
         """Make all that was appended durable; None when nothing was. After a failure the pack is abandoned."""
-        with self._lock:
+        with self._appending, self._lock:
             if self._writer is None or not self._pending:
                 return None
             try:
@@ -175,7 +274,7 @@ class WarmStore:
 
     def committed(self) -> None:
         """The last range was named by a commit record: its blobs are now found through the addresses."""
-        with self._lock:
+        with self._appending, self._lock:
             self.refresh()
             # What another thread has put since the range was closed waits for its own.
             find = self._addresses.find
@@ -183,12 +282,12 @@ class WarmStore:
 
     def finish_if_large(self) -> PackFinished | None:
         """Give the writer's pack its footer once it is large; the next write opens another."""
-        with self._lock:
+        with self._appending, self._lock:
             writer = self._writer
             if writer is None or self._pending or writer.end < PACK_TARGET_BYTES:
                 return None
             ranges = [named for _, named in self._projection.ranges(0) if named.pack == writer.name]
-            rows = [row for named in ranges for row in read_index(writer.file, named)]
+            rows = np.concatenate([read_index(writer.file, named) for named in ranges])
             try:
                 finished = writer.finish(rows, [named.merkle_root for named in ranges])
             except BaseException:
@@ -201,7 +300,7 @@ class WarmStore:
 
     def abandon(self) -> None:
         """Forget the writer's pack and what was appended but not committed (after a failed write or sync)."""
-        with self._lock:
+        with self._appending, self._lock:
             if self._writer is not None:
                 # Another thread may be reading through it: closed with the store.
                 self._retired.append(self._writer.file)
@@ -230,11 +329,14 @@ class WarmStore:
         with self._lock:
             self._addresses.drop()
             self._addresses = AddressIndex(self._disk)
-            self._addresses_loaded = False
+            self._addresses_loaded = self._addresses_sound = False
 
     def close(self) -> None:
         """Release every file and lock."""
         with self._lock:
+            if self._threads is not None:
+                self._threads.shutdown()
+                self._threads = None
             for file in [*self._files.values(), *self._retired]:
                 file.close()
             self._retired = []
@@ -260,17 +362,73 @@ class WarmStore:
             found = self._addresses.find(blob)
         return found
 
-    def _put(
-        self, kind: int, codec_id: int, blob: BlobId, meta: bytes, stored: bytes, raw_size: int, origin: bytes
-    ) -> bool:
+    def _read(self, blob: BlobId, name: str, at: Location) -> Blob:
+        buffer = self._buffers.take(at.length) if at.length >= BUFFER_FROM_BYTES else None
+        return _checked(read_record(self._file(name), name, at.offset, at.length, blob, buffer), name)
+
+    def _lent(self, blob: BlobId, name: str, at: Location) -> Blob:
+        view = self._disk.view(name, at.offset, at.length)
+        return _checked(layout.decode_record(view, f"{name} @ {at.offset}", blob), name)
+
+    def _located(self, blob: BlobId, work: Callable[[str, Location], _R]) -> _R:
+        try:
+            return work(*self._place(blob))
+        except IntegrityError:
+            if not self._mended():
+                raise
+        return work(*self._place(blob))
+
+    def _decoded(self, blob: BlobId, found: Blob) -> Values:
+        if found.kind != KIND_TILE:
+            raise IntegrityError("a tile's place holds something else", object=blob.hex())
+        try:
+            return codec.decode(found.meta, found.codec, found.stored)
+        except IntegrityError as error:
+            raise IntegrityError(error.message, object=blob.hex(), place=self.place(blob)) from error
+
+    def _mended(self) -> bool:
+        """Whether a damaged address index led astray; it is made anew (once: then its segments are our own)."""
         with self._lock:
-            if self.has(blob):
+            if self._addresses_sound or self._addresses.sound():
+                self._addresses_sound = True
                 return False
-            writer = self._writer or self._open_writer()
-            offset, size = writer.append(kind, codec_id, blob, meta, stored, raw_size, origin)
-            self._pending[blob] = (writer.name, Location(-1, offset, size, kind))
-            self.written_bytes += size
+            self.forget_addresses()
             return True
+
+    def _put_pages(self, kind: int, payloads: Sequence[bytes], meta: bytes) -> list[BlobId]:
+        blobs = [blob_id(kind, meta, payload) for payload in payloads]
+        drafts = [
+            Draft(kind, codec.RAW, blob, meta, payload, len(payload))
+            for blob, payload in zip(blobs, payloads, strict=True)
+        ]
+        self.written_pages += self._put(drafts)
+        for blob, payload in zip(blobs, payloads, strict=True):
+            self._pages.put(blob, payload)
+        return blobs
+
+    def _put(self, drafts: Sequence[Draft]) -> int:
+        """Append the records whose blobs are not there yet; how many."""
+        with self._appending:
+            new = {draft.blob_id: draft for draft in drafts}
+            for blob, absent in zip(list(new), self._missing(list(new)), strict=True):
+                if not absent:
+                    del new[blob]
+            if not new:
+                return 0
+            writer = self._writer or self._open_writer()
+            places = writer.append(list(new.values()))
+            with self._lock:
+                for draft, (offset, size) in zip(new.values(), places, strict=True):
+                    self._pending[draft.blob_id] = (writer.name, Location(-1, offset, size, draft.kind))
+                    self.written_bytes += size
+            return len(new)
+
+    def _missing(self, blobs: Sequence[BlobId]) -> list[bool]:
+        with self._lock:
+            if not self._addresses_loaded or self._addresses.position < self._projection.position()[0]:
+                self.refresh()
+            absent = self._addresses.missing(blobs)
+            return [gone and blob not in self._pending for blob, gone in zip(blobs, absent, strict=True)]
 
     def _open_writer(self) -> PackWriter:
         """Begin a new pack."""
@@ -303,8 +461,9 @@ class WarmStore:
                 self._files[name] = file
             return file
 
-    def _remember(self, blob: BlobId, payload: bytes) -> None:
-        with self._lock:
-            self._pages[blob] = payload
-            if len(self._pages) > PAGE_CACHE_PAGES:
-                self._pages.popitem(last=False)
+
+def _checked(record: layout.Record, place: str) -> Blob:
+    header = record.header
+    if header.delta_depth or any(header.key_id):
+        raise IntegrityError("the record needs a feature this version lacks", object=header.blob_id.hex(), place=place)
+    return Blob(header.kind, header.codec, record.meta, record.stored)

@@ -92,8 +92,10 @@ def encode_bytes(document: bytes) -> EncodedTile:
     return _encode(TileHeader("bytes", (len(document),)), document, itemsize=1)
 
 
-def decode(header: bytes, codec: int, stored: bytes, *, expect: BlobId | None = None) -> NDArray[np.generic] | bytes:
-    """Values of a stored tile; a document comes back as bytes.
+def decode(
+    header: bytes, codec: int, stored: bytes | memoryview, *, expect: BlobId | None = None
+) -> NDArray[np.generic] | bytes:
+    """Values of a stored tile, read-only (those stored raw in the memory they were read into); a document as bytes.
 
     Args:
         expect: when given, the canonical bytes are digested again and must have this blob_id.
@@ -111,8 +113,11 @@ def decode(header: bytes, codec: int, stored: bytes, *, expect: BlobId | None = 
     if expect is not None and blob_id(KIND_TILE, header, payload) != expect:
         raise IntegrityError("decoded bytes have another blob_id", object=expect.hex())
     if head.dtype == "bytes":
-        return payload
+        return bytes(payload)
     values = np.frombuffer(payload, dtype=DTYPES[head.dtype]).reshape(head.shape)
+    if not values.flags.aligned:
+        values = values.copy()
+    values.flags.writeable = False
     return _dequantised(values, head)
 
 
@@ -143,7 +148,7 @@ def compress(payload: bytes, itemsize: int) -> tuple[int, bytes]:
     return (codec, stored) if len(payload) >= RAW_BELOW_RATIO * len(stored) else (RAW, payload)
 
 
-def decompress(codec: int, stored: bytes, size: int, itemsize: int) -> bytes:
+def decompress(codec: int, stored: bytes | memoryview, size: int, itemsize: int) -> bytes | memoryview:
     """Inverse of `compress`: exactly `size` bytes, else IntegrityError."""
     try:
         if codec != RAW and zstandard.frame_content_size(stored) != size:
