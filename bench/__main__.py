@@ -6,7 +6,7 @@ import sys
 
 from bench.measure import show
 
-NAMES = ("goals", "latency", "change")
+NAMES = ("goals", "latency", "change", "lookup")
 
 
 def main() -> int:

@@ -6,6 +6,7 @@ A "picture" here is white with rectangles of plain colour, and the colour is the
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -27,6 +28,7 @@ from him.tile.codec import EncodedTile
 from him.types import BlobId
 
 Array = NDArray[np.generic]
+T = TypeVar("T")
 WORDS = ("Submit", "Cancel", "Settings", "Password", "Email", "Delete", "Profile", "Search", "Upload", "Help")
 
 
@@ -101,8 +103,8 @@ class CountingStore:
         self.put.append(blob)
         return blob
 
-    def load_pages(self, kind: int, blobs: Sequence[BlobId]) -> list[bytes]:
-        return [self.page(kind, blob) for blob in blobs]
+    def parsed(self, kind: int, blob: BlobId, parse: Callable[[bytes], T]) -> T:
+        return parse(self.page(kind, blob))
 
     def put_pages(self, kind: int, payloads: Sequence[bytes]) -> list[BlobId]:
         return [self.put_page(kind, payload) for payload in payloads]

@@ -15,6 +15,7 @@ from him.config import DIRECTORY_LEAF_RECORDS, PAGE_SIDE
 from him.errors import IntegrityError, NotFoundError
 from him.pyramid import diff, directory, levels, page
 from him.pyramid.update import NOTHING, get, grow, scan, update
+from him.tile.address import KIND_PAGE
 from him.tile.codec import encode_array
 from him.tile.downsample import halve
 from him.types import BlobId, Box, Entry, Frame
@@ -64,7 +65,7 @@ def test_a_page_is_its_bitmap_and_its_present_entries() -> None:
 @given(st.integers(0, 3), st.dictionaries(st.integers(0, 63), st.binary(min_size=48, max_size=48), min_size=1))
 def test_pages_round_trip(height: int, slots: dict[int, bytes]) -> None:
     slots = {slot: raw[: page.CHILD_BYTES if height else page.CELL_BYTES] for slot, raw in slots.items()}
-    found = page.decode(page.encode(height, slots), height)
+    found = page.decode(page.encode(height, slots))
     assert dict(found.slots()) == slots
     assert [slot for slot, _ in found.slots()] == sorted(slots)
     assert {slot: found.get(slot) for slot in range(64) if found.get(slot)} == slots
@@ -86,7 +87,15 @@ def test_what_is_no_page_is_refused(spoil: str) -> None:
     else:
         payload = payload[:8] + bytes(8)
     with pytest.raises(IntegrityError):
-        page.decode(bytes(payload), 1)
+        page.decode(bytes(payload))
+
+
+def test_a_page_of_another_height_is_refused() -> None:
+    store = CountingStore()
+    blob = store.put_page(KIND_PAGE, page.encode(1, {3: bytes(32)}))
+    assert page.load(store, blob, 1).get(3) == bytes(32)
+    with pytest.raises(IntegrityError, match="height 2"):
+        page.load(store, blob, 2)
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000))
@@ -317,7 +326,7 @@ def test_a_leaf_splits_above_64_frames_and_joins_below() -> None:
         roots.append(root)
     assert isinstance(directory.children(store, roots[DIRECTORY_LEAF_RECORDS]), tuple)
     split = directory.children(store, roots[DIRECTORY_LEAF_RECORDS + 1])
-    assert isinstance(split, dict)
+    assert isinstance(split, Mapping)
     assert sum(count for _, count in split.values()) == DIRECTORY_LEAF_RECORDS + 1
     for number in reversed(range(DIRECTORY_LEAF_RECORDS + 2)):
         root = directory.update(store, root, {("screen", f"frame {number}"): None})

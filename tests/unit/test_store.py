@@ -192,7 +192,7 @@ def test_pages_put_together_are_those_put_one_by_one(stack: Stack) -> None:
     assert blobs[:7] == one
     assert blobs[40] == blobs[3]
     assert stack.store.written_pages - written == 33, "what is there, or is there twice in a batch, is written once"
-    assert stack.store.load_pages(KIND_PAGE, blobs) == [*payloads, payloads[3]]
+    assert [stack.store.page(KIND_PAGE, blob) for blob in blobs] == [*payloads, payloads[3]]
 
 
 def test_a_rotten_address_index_is_made_anew(stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ class Fsck:
         except HimError as error:
             self._fault(_within(error, snapshot))
             return
-        if isinstance(node, dict):
+        if not isinstance(node, tuple):
             for child, _ in node.values():
                 yield from self._frames(child, snapshot)
         else:

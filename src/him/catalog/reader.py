@@ -31,8 +31,11 @@ class SnapshotReader:
 
     def frame(self, stream: str, name: str) -> Frame:
         """The frame's record. Raises NotFoundError."""
+        known = self._frames.get((stream, name))
+        if known is not None:
+            return known
         name = unicodedata.normalize("NFC", name)
-        found = self._frames.get((stream, name)) or directory.find(self._store, self.directory, (stream, name))
+        found = directory.find(self._store, self.directory, (stream, name))
         if found is None:
             raise NotFoundError(f"the snapshot has no frame {name!r} in stream {stream!r}", object=f"{stream}:{name}")
         self._frames[stream, name] = found

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from him.config import PAGE_SIDE
 from him.pyramid import page
-from him.pyramid.page import PageStore
-from him.pyramid.update import NOTHING, Cell, load
+from him.pyramid.page import PageStore, load
+from him.pyramid.update import NOTHING, Cell
 from him.types import Entry
 
 

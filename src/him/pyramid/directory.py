@@ -8,6 +8,7 @@ bytes, then for each present child its hash (32) and count of frames (u64).
 """
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -72,7 +73,7 @@ def diff(store: PageStore, old: bytes, new: bytes) -> Iterator[tuple[Frame | Non
     if old == new:
         return
     before, after = _load(store, old) if old else (), _load(store, new) if new else ()
-    if isinstance(before, dict) and isinstance(after, dict):
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
         for nibble in sorted(before.keys() | after.keys()):
             yield from diff(store, before.get(nibble, (EMPTY, 0))[0], after.get(nibble, (EMPTY, 0))[0])
         return
@@ -83,7 +84,7 @@ def diff(store: PageStore, old: bytes, new: bytes) -> Iterator[tuple[Frame | Non
             yield was.get(key), now.get(key)
 
 
-Node = tuple[Frame, ...] | dict[int, tuple[bytes, int]]
+Node = tuple[Frame, ...] | Mapping[int, tuple[bytes, int]]
 """A leaf's records, or an inner node's nibble → (hash, count)."""
 
 
@@ -94,15 +95,16 @@ def children(store: PageStore, root: bytes) -> Node:
 
 def _update(store: PageStore, root: bytes, changes: dict[bytes, Frame | None], depth: int) -> tuple[bytes, int]:
     """(hash, count) of a subtree after changes whose paths share their first `depth` nibbles."""
-    node: Node = _load(store, root) if root else ()
-    if isinstance(node, tuple):
-        records: dict[bytes, Frame] = {path_of((frame.stream, frame.name)): frame for frame in node}
+    found: Node = _load(store, root) if root else ()
+    if isinstance(found, tuple):
+        records: dict[bytes, Frame] = {path_of((frame.stream, frame.name)): frame for frame in found}
         for path, frame in changes.items():
             if frame is None:
                 records.pop(path, None)
             else:
                 records[path] = frame
         return _build(store, records, depth)
+    node = dict(found)
     below: dict[int, dict[bytes, Frame | None]] = {}
     for path, frame in changes.items():
         below.setdefault(path[depth], {})[path] = frame
@@ -140,20 +142,20 @@ def _put_inner(store: PageStore, node: dict[int, tuple[bytes, int]]) -> bytes:
 
 
 def _load(store: PageStore, root: bytes) -> Node:
-    payload = store.page(KIND_DIRECTORY, BlobId(root))
+    return store.parsed(KIND_DIRECTORY, BlobId(root), _parse)
+
+
+def _parse(payload: bytes) -> Node:
     magic, body = payload[:4], payload[4:]
     if magic == _LEAF:
         try:
             return msgspec.msgpack.decode(body, type=tuple[Frame, ...])
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise IntegrityError(f"directory leaf does not parse: {error}", object=root.hex()) from error
+            raise IntegrityError(f"directory leaf does not parse: {error}") from error
     bitmap = int.from_bytes(body[:2], "little")
     if magic != _INNER or len(body) != 4 + bitmap.bit_count() * _CHILD:
-        raise IntegrityError("not a directory node", object=root.hex())
-    node: dict[int, tuple[bytes, int]] = {}
-    at = 4
-    for nibble in range(DIRECTORY_FANOUT):
-        if bitmap >> nibble & 1:
-            node[nibble] = (body[at : at + 32], int.from_bytes(body[at + 32 : at + _CHILD], "little"))
-            at += _CHILD
-    return node
+        raise IntegrityError("not a directory node")
+    present = [nibble for nibble in range(DIRECTORY_FANOUT) if bitmap >> nibble & 1]
+    rows = [body[at : at + _CHILD] for at in range(4, len(body), _CHILD)]
+    counted = [(row[:32], int.from_bytes(row[32:], "little")) for row in rows]
+    return MappingProxyType(dict(zip(present, counted, strict=True)))

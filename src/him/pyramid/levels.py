@@ -5,7 +5,8 @@ of the pages below. So a page that no branch changed never computes its levels a
 directory's hash never look here (design §2).
 """
 
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,8 +17,8 @@ from him.config import LEVELS_PER_PAGE, PAGE_SIDE
 from him.errors import IntegrityError, NotFoundError, UsageError
 from him.ports import Memo
 from him.pyramid import directory, page
-from him.pyramid.page import PageStore
-from him.pyramid.update import load, scan
+from him.pyramid.page import PageStore, load
+from him.pyramid.update import scan
 from him.tile import codec
 from him.tile.address import KIND_COMPANION
 from him.tile.codec import EncodedTile
@@ -25,6 +26,7 @@ from him.tile.downsample import halve
 from him.types import BlobId, Box, Frame
 
 Array = NDArray[np.generic]
+T = TypeVar("T")
 _MEMO: Final = "levels"
 
 
@@ -75,6 +77,10 @@ class Scratch:
     def page(self, kind: int, blob: BlobId) -> bytes:
         """From here, else from the store behind."""
         return self._pages[blob] if blob in self._pages else self._store.page(kind, blob)
+
+    def parsed(self, kind: int, blob: BlobId, parse: Callable[[bytes], T]) -> T:
+        """Parsed here, or by the store behind."""
+        return parse(self._pages[blob]) if blob in self._pages else self._store.parsed(kind, blob, parse)
 
     def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
         """Keep in memory."""
@@ -190,7 +196,7 @@ def levels_root(store: LevelStore, memo: Memo, root: bytes) -> bytes:
     if not root:
         return blake3(b"no frames").digest()
     node = directory.children(store, root)
-    if isinstance(node, dict):
+    if not isinstance(node, tuple):
         parts = [bytes([nibble]) + levels_root(store, memo, node[nibble][0]) for nibble in sorted(node)]
         return blake3(b"inner" + b"".join(parts)).digest()
     hasher = blake3(b"leaf")

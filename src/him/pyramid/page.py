@@ -4,11 +4,12 @@ Bytes: magic `HPG`, version, height u8 (0: cells), three zero bytes, bitmap u64 
 entries in bit order: blob_id and origin (48 bytes) for cells, a page hash (32 bytes) above them.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, Protocol, TypeVar
 
 from him.config import PAGE_SIDE
 from him.errors import IntegrityError
+from him.tile.address import KIND_PAGE
 from him.types import BlobId, Entry
 
 _MAGIC: Final = b"HPG\x01"
@@ -20,11 +21,18 @@ _SPLICES_MAX: Final = 6
 """Up to so many changes are cheaper to cut in one by one than to parse the page for (measured)."""
 
 
+_T = TypeVar("_T")
+
+
 class PageStore(Protocol):
     """Where pages are kept by hash."""
 
     def page(self, kind: int, blob: BlobId) -> bytes:
         """Verified payload; raises IntegrityError."""
+        ...
+
+    def parsed(self, kind: int, blob: BlobId, parse: Callable[[bytes], _T]) -> _T:
+        """`parse(page(kind, blob))`, which may be remembered; nobody changes it."""
         ...
 
     def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
@@ -33,11 +41,7 @@ class PageStore(Protocol):
 
 
 class PagesStore(PageStore, Protocol):
-    """A PageStore that takes many pages at once: what a frame's update reads and writes goes level by level."""
-
-    def load_pages(self, kind: int, blobs: Sequence[BlobId]) -> list[bytes]:
-        """Verified payloads in the order asked for; raises IntegrityError."""
-        ...
+    """A PageStore that takes many pages at once: a frame's update writes its pages level by level."""
 
     def put_pages(self, kind: int, payloads: Sequence[bytes]) -> list[BlobId]:
         """Store; returns the hashes."""
@@ -106,32 +110,26 @@ def assembled(height: int, bitmap: int, entries: bytes) -> bytes:
     return b"".join((_HEADS[height], bitmap.to_bytes(8, "little"), entries))
 
 
-def decode(payload: bytes, height: int) -> Page:
-    """Parse a page that must stand at `height`.
+def decode(payload: bytes) -> Page:
+    """Parse a page.
 
     Raises:
-        IntegrityError: not a page, another height, or a length that does not fit the bitmap.
+        IntegrityError: not a page, or a length that does not fit the bitmap.
     """
-    return Page(height, _bitmap(payload, height), payload)
-
-
-def find(payload: bytes, height: int, slot: int) -> bytes | None:
-    """`decode(payload, height).get(slot)` at half the cost: what every look-up does once a level."""
-    bitmap = _bitmap(payload, height)
-    if not bitmap >> slot & 1:
-        return None
-    size = CHILD_BYTES if height else CELL_BYTES
-    at = _HEAD + (bitmap & ((1 << slot) - 1)).bit_count() * size
-    return payload[at : at + size]
-
-
-def _bitmap(payload: bytes, height: int) -> int:
-    if not payload.startswith(_HEADS[height]):
-        raise IntegrityError(f"not a page of height {height}")
-    bitmap = int.from_bytes(payload[8:_HEAD], "little")
+    if len(payload) < _HEAD or not payload.startswith(_HEADS[payload[4]]):
+        raise IntegrityError("not a page")
+    height, bitmap = payload[4], int.from_bytes(payload[8:_HEAD], "little")
     if not bitmap or len(payload) != _HEAD + bitmap.bit_count() * (CHILD_BYTES if height else CELL_BYTES):
         raise IntegrityError("page length does not fit its bitmap")
-    return bitmap
+    return Page(height, bitmap, payload)
+
+
+def load(store: PageStore, blob: bytes, height: int) -> Page:
+    """The page with this hash, which must stand at `height`. Raises IntegrityError."""
+    found = store.parsed(KIND_PAGE, BlobId(blob), decode)
+    if found.height != height:
+        raise IntegrityError(f"not a page of height {height}", object=blob.hex())
+    return found
 
 
 def side(height: int) -> int:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from him.config import PAGE_SIDE
 from him.pyramid import page
-from him.pyramid.page import CELL_BYTES, CHILD_BYTES, Page, PagesStore, PageStore
+from him.pyramid.page import CELL_BYTES, Page, PagesStore, PageStore, decode, load
 from him.tile.address import KIND_PAGE
 from him.types import BlobId, Box, Entry
 
@@ -43,22 +43,19 @@ class Cells(NamedTuple):
         return Cells(places[:, 0], places[:, 1], table, present)
 
 
-def load(store: PageStore, root: bytes, height: int) -> Page:
-    """The parsed page with this hash. Raises IntegrityError."""
-    return page.decode(store.page(KIND_PAGE, BlobId(root)), height)
-
-
 def get(store: PageStore, root: bytes, height: int, row: int, column: int) -> Entry | None:
     """The entry at a cell, or None where nothing was put."""
     if not root or (row | column) >> (_SIDE_BITS * (height + 1)):
         return None
-    raw: bytes | None = root
+    parsed, raw = store.parsed, root
     for step in range(height, -1, -1):
         down = _SIDE_BITS * step
         slot = (row >> down & PAGE_SIDE - 1) << _SIDE_BITS | column >> down & PAGE_SIDE - 1
-        raw = page.find(store.page(KIND_PAGE, BlobId(raw)), step, slot)
-        if raw is None:
+        found = parsed(KIND_PAGE, BlobId(raw), decode)
+        below = found.get(slot) if found.height == step else load(store, raw, step).get(slot)
+        if below is None:
             return None
+        raw = below
     return page.entry(raw)
 
 
@@ -165,9 +162,7 @@ def _touched(store: PagesStore, root: bytes, height: int, keys: NDArray[np.uint6
         for path in paths[np.flatnonzero(np.diff(paths, prepend=~paths[:1]))].tolist():
             parent = found[step + 1][path >> _SLOT_BITS] if step < height else None
             wanted[path] = root if step == height else parent and parent.get(path & _SLOTS - 1)
-        blobs = [BlobId(blob) for blob in wanted.values() if blob]
-        payloads = iter(store.load_pages(KIND_PAGE, blobs))
-        found[step] = {path: page.decode(next(payloads), step) if blob else None for path, blob in wanted.items()}
+        found[step] = {path: load(store, blob, step) if blob else None for path, blob in wanted.items()}
     return found
 
 
@@ -202,6 +197,3 @@ def _edited(before: Page | None, height: int, changes: list[tuple[int, bytes | N
     if before is not None:
         return before.edited(changes)
     return page.encode(height, {slot: raw for slot, raw in changes if raw is not None})
-
-
-__all__ = ["CHILD_BYTES", "NOTHING", "Cell", "Cells", "get", "grow", "load", "look_up", "scan", "update"]

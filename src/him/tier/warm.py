@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -62,35 +62,36 @@ class _Buffers:
             return fresh.data[:size]
 
 
-class _Pages:
-    """Verified payloads of the pages used last, in two generations: a hit takes no lock and moves nothing."""
+class _Recent(Generic[_T]):
+    """What was used last, in two generations: a hit takes no lock and moves nothing."""
 
-    def __init__(self) -> None:
-        self._young: dict[bytes, bytes] = {}
-        self._old: dict[bytes, bytes] = {}
+    def __init__(self, room_bytes: int) -> None:
+        self._half = room_bytes // 2
+        self.young: dict[bytes, tuple[_T, int]] = {}
+        self._old: dict[bytes, tuple[_T, int]] = {}
         self._young_bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, blob: bytes) -> bytes | None:
-        """The payload, or None."""
-        found = self._young.get(blob)
-        if found is None and (found := self._old.get(blob)) is not None:
-            self.put(blob, found)
-        return found
+    def get(self, key: bytes) -> _T | None:
+        """What was kept, or None."""
+        found = self.young.get(key)
+        if found is None and (found := self._old.get(key)) is not None:
+            self.put(key, *found)
+        return None if found is None else found[0]
 
-    def put(self, blob: bytes, payload: bytes) -> None:
-        """Keep a payload; when the young fill half of the room, the old ones that nobody asked for go."""
+    def put(self, key: bytes, value: _T, size: int) -> None:
+        """Keep a value of `size` bytes; when the young fill half of the room, old ones nobody asked for go."""
         with self._lock:
-            if blob not in self._young:
-                self._young_bytes += len(payload)
-            self._young[blob] = payload
-            if self._young_bytes > PAGE_CACHE_BYTES // 2:
-                self._old, self._young, self._young_bytes = self._young, {}, 0
+            if key not in self.young:
+                self._young_bytes += size
+            self.young[key] = (value, size)
+            if self._young_bytes > self._half:
+                self._old, self.young, self._young_bytes = self.young, {}, 0
 
     def clear(self) -> None:
         """Forget all."""
         with self._lock:
-            self._young, self._old, self._young_bytes = {}, {}, 0
+            self.young, self._old, self._young_bytes = {}, {}, 0
 
 
 class WarmStore:
@@ -115,7 +116,9 @@ class WarmStore:
         self._pending: dict[bytes, tuple[str, Location]] = {}
         self._writer: PackWriter | None = None
         self._spoiled: set[str] = set()
-        self._pages = _Pages()
+        # Verified payloads as they were written or read, and what they were parsed into.
+        self._pages = _Recent[bytes](PAGE_CACHE_BYTES // 4)
+        self._parsed = _Recent[Any](PAGE_CACHE_BYTES)
         self._buffers = _Buffers()
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.RLock()
@@ -177,20 +180,26 @@ class WarmStore:
 
     def page(self, kind: int, blob: BlobId) -> bytes:
         """Payload of a page, directory node or companion, from a cache of verified copies when possible."""
-        cached = self._pages.get(blob)
-        if cached is not None:
-            return cached
-        found = self.read(blob)
-        # Its bytes are those of its name: a raw record is verified by its blob_id.
-        if found.kind != kind or found.codec != codec.RAW:
-            raise IntegrityError("a page's place holds something else", object=blob.hex(), place=self.place(blob))
-        payload = bytes(found.stored)
-        self._pages.put(blob, payload)
+        payload = self._pages.get(blob)
+        if payload is None:
+            payload = self._page(kind, blob)
+            self._pages.put(blob, payload, len(payload))
         return payload
 
-    def load_pages(self, kind: int, blobs: Sequence[BlobId]) -> list[bytes]:
-        """`page` of each, in the order asked for."""
-        return [self.page(kind, blob) for blob in blobs]
+    def parsed(self, kind: int, blob: BlobId, parse: Callable[[bytes], _T]) -> _T:
+        """`parse(page(kind, blob))`, remembered: pure, and its result is never changed."""
+        kept = self._parsed.young.get(blob)
+        if kept is not None:  # Asked once a level of every look-up: not even a call.
+            return kept[0]
+        found = self._parsed.get(blob)
+        if found is None:
+            payload = self._pages.get(blob) or self._page(kind, blob)
+            try:
+                found = parse(payload)
+            except IntegrityError as error:
+                raise IntegrityError(error.message, object=blob.hex(), place=self.place(blob)) from error
+            self._parsed.put(blob, found, len(payload))
+        return found
 
     def place(self, blob: BlobId) -> str:
         """`packs/NAME @ offset` for messages; "nowhere" when unknown."""
@@ -308,6 +317,7 @@ class WarmStore:
                 self._writer.file.unlock()
             self._writer, self._pending = None, {}
             self._pages.clear()
+            self._parsed.clear()
             self.epoch += 1
 
     def refresh(self) -> None:
@@ -345,13 +355,19 @@ class WarmStore:
     # -- inner
 
     def _place(self, blob: BlobId) -> tuple[str, Location]:
-        with self._lock:
-            if blob in self._pending:
-                return self._pending[blob]
-            found = self._find(blob)
+        # Without the lock: what moves goes from the pending to the tail to a segment, and is looked for in that order.
+        kept = self._pending.get(blob)
+        if kept is not None:
+            return kept
+        found = self._addresses.find(blob) if self._addresses_loaded else None
+        if found is None:
+            with self._lock:
+                if blob in self._pending:
+                    return self._pending[blob]
+                found = self._find(blob)
             if found is None:
                 raise IntegrityError("a blob that is referred to is missing", object=blob.hex(), place=PACK_FOLDER)
-            return self._names[found.pack], found
+        return self._names[found.pack], found
 
     def _find(self, blob: BlobId) -> Location | None:
         if not self._addresses_loaded:
@@ -365,6 +381,13 @@ class WarmStore:
     def _read(self, blob: BlobId, name: str, at: Location) -> Blob:
         buffer = self._buffers.take(at.length) if at.length >= BUFFER_FROM_BYTES else None
         return _checked(read_record(self._file(name), name, at.offset, at.length, blob, buffer), name)
+
+    def _page(self, kind: int, blob: BlobId) -> bytes:
+        found = self.read(blob)
+        # Its bytes are those of its name: a raw record is verified by its blob_id.
+        if found.kind != kind or found.codec != codec.RAW:
+            raise IntegrityError("a page's place holds something else", object=blob.hex(), place=self.place(blob))
+        return bytes(found.stored)
 
     def _lent(self, blob: BlobId, name: str, at: Location) -> Blob:
         view = self._disk.view(name, at.offset, at.length)
@@ -403,7 +426,7 @@ class WarmStore:
         ]
         self.written_pages += self._put(drafts)
         for blob, payload in zip(blobs, payloads, strict=True):
-            self._pages.put(blob, payload)
+            self._pages.put(blob, payload, len(payload))
         return blobs
 
     def _put(self, drafts: Sequence[Draft]) -> int:
