@@ -73,14 +73,14 @@ def _build(place: Path, side: int) -> NDArray[np.uint8]:
             cells = Cells(rows, columns, raw, np.ones(len(raw), dtype=np.bool_))
             repo._history.commit(handle.id, [FrameChange(shape, cells)], epoch=repo._store.epoch)
         repo._store.has(him.types.BlobId(bytes(32)))
-        repo._store._addresses.flush(force=True)
+        repo._store._addresses.flush(above=0)
         # A record without blobs, so that the rows have a place in the log of their own.
         handle.set_tag("rows", "synthetic")
         table = np.zeros(len(blobs), dtype=ROW)
         table["blob"], table["length"], table["kind"] = blobs, 320, 1
         table["offset"] = 128 + 320 * np.arange(len(blobs))
         repo._store._addresses.add(repo._log.head()[0], 0, table)
-        repo._store._addresses.flush(force=True)
+        repo._store._addresses.flush(above=0)
     return blobs
 
 

@@ -454,7 +454,7 @@ def test_an_older_copy_put_back_beside_newer_caches_is_read_right(place: Path, t
     with open_repo(place) as repo:
         for number in range(5):
             repo.writable("dev").put("skills", b"%d" % number, frame="later")
-        repo._store._addresses.flush(force=True)
+        repo._store._addresses.flush(above=0)
     for folder in ("log", "packs"):
         shutil.rmtree(place / folder)
         shutil.copytree(tmp_path / "backup" / folder, place / folder)
@@ -468,7 +468,7 @@ def test_an_older_copy_put_back_beside_newer_caches_is_read_right(place: Path, t
 
 def test_deleting_the_cache_loses_nothing(place: Path) -> None:
     with open_repo(place) as repo:
-        repo._store._addresses.flush(force=True)
+        repo._store._addresses.flush(above=0)
     shutil.rmtree(place / "cache")
     check_place(place)
 

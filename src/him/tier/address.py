@@ -28,6 +28,7 @@ _HEAD: Final = 128
 """Magic, position before and after (u64 each), the columns' digest, the digest of all that, zeros."""
 _ROW: Final = 32
 _FOLDER: Final = "cache/addresses"
+_FEW: Final = 16
 
 
 class Location(NamedTuple):
@@ -130,7 +131,9 @@ class AddressIndex:
         return None
 
     def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
-        """Whether each blob is in no row: for many blobs at once, far cheaper than `find`."""
+        """Whether each blob is in no row: for many blobs at once far cheaper than `find`."""
+        if len(blobs) < _FEW:
+            return [self.find(blob) is None for blob in blobs]
         absent = np.array([blob not in self._tail for blob in blobs], dtype=np.bool_)
         names = np.frombuffer(b"".join(blob[:16] for blob in blobs), dtype=">u8").reshape(-1, 2).astype(np.uint64)
         for segment in self._segments:
@@ -146,7 +149,7 @@ class AddressIndex:
     def add(self, seq: int, pack: int, rows: Rows) -> None:
         """Add the rows of the range (or the finished pack) that was committed at `seq`."""
         if len(rows) >= ADDRESS_TAIL_ROWS:
-            self.flush(force=True)
+            self.flush(above=0)
             self.position = seq
             self._write(_addresses(rows, pack))
             return
@@ -156,9 +159,12 @@ class AddressIndex:
             self._tail[blobs[32 * number : 32 * number + 32]] = Location(pack, offset, length, kind)
         self.position = seq
 
-    def flush(self, *, force: bool = False) -> None:
-        """Move a tail that has grown large into a segment; a full disk is no error (it can be rebuilt)."""
-        if self._tail and (len(self._tail) >= ADDRESS_TAIL_ROWS or force) and self._write(self._sorted_tail()):
+    def flush(self, *, above: int | None = None) -> None:
+        """Move a tail of more rows than a tail may have (or than `above`) into a segment.
+
+        A full disk is no error: it can be rebuilt.
+        """
+        if len(self._tail) > (ADDRESS_TAIL_ROWS if above is None else above) and self._write(self._sorted_tail()):
             self._tail = {}
 
     def _write(self, table: _Table) -> bool:

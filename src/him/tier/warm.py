@@ -12,7 +12,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from him.config import BUFFER_FROM_BYTES, BUFFERS_KEPT_BYTES, PACK_TARGET_BYTES, PAGE_CACHE_BYTES, READ_THREADS_MAX
+from him.config import (
+    ADDRESS_KEPT_ROWS,
+    BUFFER_FROM_BYTES,
+    BUFFERS_KEPT_BYTES,
+    PACK_TARGET_BYTES,
+    PAGE_CACHE_BYTES,
+    READ_THREADS_MAX,
+)
 from him.errors import BusyError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_index, read_record
@@ -342,8 +349,9 @@ class WarmStore:
             self._addresses_loaded = self._addresses_sound = False
 
     def close(self) -> None:
-        """Release every file and lock."""
+        """Release every file and lock; what the next opening would read from many index records is kept for it."""
         with self._lock:
+            self._addresses.flush(above=ADDRESS_KEPT_ROWS)
             if self._threads is not None:
                 self._threads.shutdown()
                 self._threads = None
