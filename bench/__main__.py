@@ -6,7 +6,7 @@ import sys
 
 from bench.measure import show
 
-NAMES = ("goals", "latency", "change", "lookup")
+NAMES = ("goals", "latency", "change", "lookup", "delta")
 
 
 def main() -> int:

@@ -37,6 +37,25 @@ BUFFERS_KEPT_BYTES: Final = 256 * 1024 * 1024
 # Deltas (spec §9)
 DELTA_DEPTH_MAX: Final = 4
 DELTA_FLATTEN_RATIO: Final = 0.30
+DELTA_BLOCK_CELLS: Final = 16
+"""Side of a block in cells."""
+DELTA_TIE_RATIO: Final = 1.05
+"""Of encodings this close to the smallest, the one that decodes fastest is taken."""
+DELTA_FEW_BLOCKS_RATIO: Final = 1 / 16
+"""Up to this share of changed blocks their bytes are unpacked in less time than the base takes to copy."""
+DELTA_FEW_BYTES: Final = 1024
+"""So few changed blocks in no more stored bytes than this: no other encoding is tried."""
+DELTA_LONG_BASE_BYTES: Final = 4 * 1024 * 1024
+"""Above this a patch finds its matches by long-distance matching, and is only tried where a sample of cells moved."""
+DELTA_TINY_BYTES: Final = 4096
+"""Changes that fit in this together stay one delta on the root of their chain."""
+CHUNK_BYTES_MIN: Final = 2 * 1024
+CHUNK_BYTES_AVERAGE: Final = 8 * 1024
+CHUNK_BYTES_MAX: Final = 64 * 1024
+CHUNKS_FROM_BYTES: Final = 64 * 1024
+"""From this size a document in chunks is smaller from its second version on (docs/design/004-deltas.md)."""
+CLIENT_DELTA_BYTES_MAX: Final = 80 * 1024 * 1024
+"""What DELTA_FLATTEN_RATIO leaves of TILE_BYTES_MAX, rounded up."""
 
 # Limits on what comes from outside
 TILE_BYTES_MAX: Final = 256 * 1024 * 1024
