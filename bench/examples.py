@@ -7,7 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
 import him
+from him.adapters.pillow import PillowDecoder
 
 SCREENS = Path(__file__).parent.parent / "examples" / "screens"
 TINY = ("adminlte-login", "ckeditor-table-dialog")
@@ -22,6 +27,24 @@ def goals(*, tiny: bool = False) -> list[dict[str, Any]]:
 def screens(*, tiny: bool = False) -> list[Path]:
     """The pictures."""
     return sorted(path for path in SCREENS.glob("*.png") if not tiny or path.stem in TINY)
+
+
+def screen_tiles(count: int, *, tiny: bool = False) -> NDArray[np.uint8]:
+    """`count` distinct tiles of the pictures, below one another: (count · 512, 512, 3) uint8.
+
+    Cut on the tile grid first, then on grids shifted by a quarter, so that no store gains by equal content.
+    """
+    pictures = [PillowDecoder().decode(path.read_bytes(), path.name) for path in screens(tiny=tiny)]
+    found: dict[bytes, NDArray[np.uint8]] = {}
+    for shift in ((0, 0), (128, 0), (0, 128), (128, 128), (256, 0), (0, 256), (256, 256)):
+        for picture in pictures:
+            for y in range(shift[0], picture.shape[0] - 511, 512):
+                for x in range(shift[1], picture.shape[1] - 511, 512):
+                    part = picture[y : y + 512, x : x + 512]
+                    found.setdefault(blake3(part.tobytes()).digest(), part)
+                    if len(found) == count:
+                        return np.concatenate(list(found.values()))
+    raise ValueError(f"the pictures have {len(found)} distinct tiles; {count} are asked for")
 
 
 @contextmanager

@@ -2,15 +2,75 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 Rows = Iterator[Row]
 
 
+class Took(NamedTuple):
+    """Seconds of one call: on the wall, and of the processors for this process, its threads and its children."""
+
+    wall: float
+    cpu: float
+
+
+def took(call: Callable[[], object]) -> Took:
+    """How long a call takes; what it returns is dropped within."""
+    cpu, wall = _cpu(), time.perf_counter()
+    call()
+    return Took(time.perf_counter() - wall, _cpu() - cpu)
+
+
+def _cpu() -> float:
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def interleaved(sides: Mapping[str, Callable[[int], Took]], rounds: int) -> dict[str, list[Took]]:
+    """Each side once a round, given the round's number; the order turns, so that nobody always follows the same one."""
+    names, found = list(sides), {name: [] for name in sides}
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            found[name].append(sides[name](number))
+    return found
+
+
+OURS, THEIRS = "ours / theirs", "theirs / ours"
+"""Which way a ratio goes: how much of theirs we take (a goal is a most), or how many times faster (a least)."""
+
+
+def compared(
+    bench: str, metric: str, ours: Sequence[float], theirs: Sequence[float], unit: str, *, of: str = OURS,
+    goal: float | None = None, **more: Any,
+) -> Row:  # fmt: skip
+    """Ours beside theirs, round by round: the ratio is the median of the rounds' ratios."""
+    pairs = list(zip(ours, theirs, strict=True))
+    ratio = median(a / b if of == OURS else b / a for a, b in pairs)
+    holds = None if goal is None else ratio <= goal if of == OURS else ratio >= goal
+    return row(
+        bench, metric, round(median(ours), 4), unit, against=round(median(theirs), 4), ratio=round(ratio, 3),
+        goal=aim(of, goal), holds=holds, ratio_of=of, rounds=len(pairs), **more,
+    )  # fmt: skip
+
+
+def aim(of: str, goal: float | None) -> str:
+    """A goal in words; empty when there is none."""
+    return "" if goal is None else f"{of} {'<=' if of == OURS else '>='} {goal}"
+
+
+def missing(bench: str, metric: str, unit: str, why: str, *, goal: str = "") -> Row:
+    """What could not be measured, and why."""
+    return row(bench, metric, None, unit, goal=goal, error=why)
+
+
 def row(
-    bench: str, metric: str, value: float, unit: str, *, against: float | str | None = None,
+    bench: str, metric: str, value: float | None, unit: str, *, against: float | str | None = None,
     ratio: float | None = None, goal: str = "", holds: bool | None = None, **more: Any,
 ) -> Row:  # fmt: skip
     """One result; `holds` is None where there is no goal."""
@@ -60,6 +120,9 @@ def show(found: Row, *, as_json: bool) -> str:
     if as_json:
         return json.dumps(found)
     extra = f"  ({found['right']}/{found['of']}, {found['low']:.3f}–{found['high']:.3f})" if "right" in found else ""
-    ratio = f"  ratio {found['ratio']:.2f}" if found.get("ratio") is not None else ""
+    if isinstance(found["against"], float):
+        extra += f"  against {found['against']} {found['unit']}"
+    ratio = f"  {found.get('ratio_of', 'ratio')} {found['ratio']:.2f}" if found.get("ratio") is not None else ""
     holds = "" if found["holds"] is None else ("  holds" if found["holds"] else f"  MISSED (goal {found['goal']})")
-    return f"{found['bench']:<8} {found['metric']:<44} {found['value']:>10} {found['unit']}{extra}{ratio}{holds}"
+    value = f"missing: {found['error']}" if "error" in found else f"{found['value']:>10} {found['unit']}"
+    return f"{found['bench']:<11} {found['metric']:<52} {value}{extra}{ratio}{holds}"

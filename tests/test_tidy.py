@@ -1,6 +1,7 @@
 """The house stays tidy: sizes, names, locks, machine traces and generated pages."""
 
 import ast
+import itertools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -71,7 +72,9 @@ def test_every_module_says_what_it_hides() -> None:
 
 def test_locks_carry_hashes_and_no_address() -> None:
     locks = sorted(ROOT.glob("requirements*.lock"))
-    assert [p.name for p in locks] == ["requirements-dev.lock", "requirements.lock"]
+    assert [p.name for p in locks] == [
+        "requirements-bench.lock", "requirements-dev.lock", "requirements-model.lock", "requirements.lock",
+    ]  # fmt: skip
     for path in [*locks, *ROOT.rglob("package-lock.json")]:
         if "node_modules" in path.parts or ".venv" in path.parts:
             continue
@@ -90,9 +93,10 @@ def test_locks_agree_with_each_other() -> None:
         rows = re.findall(r"^([\w.\-]+)==([^\s;\\]+)([^\\\n]*)", (ROOT / name).read_text("utf-8"), re.MULTILINE)
         return {f"{package}{marker.strip()}": version for package, version, marker in rows}
 
-    runtime, dev = pins("requirements.lock"), pins("requirements-dev.lock")
-    differing = {name for name, version in runtime.items() if name in dev and dev[name] != version}
-    assert not differing, f"resolve again with `make lock`: {differing}"
+    locks = [pins(f"requirements{name}.lock") for name in ("", "-dev", "-bench")]
+    for one, other in itertools.combinations(locks, 2):
+        differing = {name for name, version in one.items() if name in other and other[name] != version}
+        assert not differing, f"resolve again with `make lock`: {differing}"
 
 
 def test_no_trace_of_a_machine() -> None:

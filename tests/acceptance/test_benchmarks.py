@@ -12,7 +12,9 @@ FIELDS = {"bench", "metric", "value", "unit", "against", "ratio", "goal", "holds
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["goals", "latency", "change", "delta"])
+@pytest.mark.parametrize(
+    "name", ["goals", "latency", "change", "codecs", "read_screen", "read_kv", "ingest", "lookup", "delta"]
+)
 def test_benchmark_prints_one_json_object_a_line(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench", name, "--json", "--tiny"], cwd=ROOT, capture_output=True, text=True, check=False

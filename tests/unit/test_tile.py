@@ -1,5 +1,7 @@
 """One tile: identities that never change, values that come back, levels by an exact rule."""
 
+import threading
+
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from him.config import RAW_BELOW_RATIO, TILE_BYTES_MAX
+from him.config import META_BYTES_MAX, RAW_BELOW_RATIO, TILE_BYTES_MAX
 from him.errors import IntegrityError, LimitError, UsageError
 from him.tile import codec
 from him.tile.address import KIND_DIRECTORY, KIND_PAGE, KIND_TILE, blob_id, tile_id
@@ -162,6 +164,59 @@ def test_too_large_a_tile_is_refused_without_copying_it() -> None:
 # -- raw or compressed
 
 
+@pytest.mark.parametrize("name", ["uint16", "float32", "float64", "complex128"])
+@pytest.mark.parametrize("count", [1, 2, 3, 1023, 70_001])
+def test_shuffling_is_a_transposition_of_bytes(name: str, count: int) -> None:
+    size = DTYPES[name].itemsize
+    values = np.random.default_rng(count).integers(0, 256, count * size, dtype=np.uint8)
+    found = codec._shuffled(values, size)
+    np.testing.assert_array_equal(found, values.reshape(count, size).T.reshape(-1))
+    np.testing.assert_array_equal(codec._unshuffled(found, size), values)
+
+
+def test_an_encoded_tile_does_not_change_with_the_array_it_was_made_of() -> None:
+    array = np.random.default_rng(3).integers(0, 256, (512, 512), dtype=np.uint8)
+    tile, was = encode_array(array), array.copy()
+    array[:] = 0
+    assert tile.codec == RAW
+    np.testing.assert_array_equal(decoded(tile), was)
+
+
+def test_a_borrowed_array_is_not_copied_and_has_the_same_identity() -> None:
+    array = np.random.default_rng(3).integers(0, 256, (512, 512), dtype=np.uint8)
+    tile = encode_array(array, borrow=True)
+    assert np.shares_memory(np.frombuffer(tile.stored, dtype=np.uint8), array)
+    copied = encode_array(array)
+    assert (tile.blob_id, tile.header, tile.codec) == (copied.blob_id, copied.header, RAW)
+    assert not np.shares_memory(np.frombuffer(copied.stored, dtype=np.uint8), array)
+
+
+def test_raw_values_are_a_read_only_view_of_the_stored_bytes() -> None:
+    array = np.random.default_rng(3).integers(0, 256, (64, 64), dtype=np.uint8)
+    tile, buffer = encode_array(array), bytearray(array.tobytes())
+    found = decode(tile.header, tile.codec, memoryview(buffer), expect=tile.blob_id)
+    assert isinstance(found, np.ndarray)
+    assert np.shares_memory(found, np.frombuffer(buffer, dtype=np.uint8))
+    assert not found.flags.writeable
+
+
+def test_threads_encode_and_decode_at_once() -> None:
+    arrays = [np.add.outer(np.arange(500), np.arange(700) * i).astype(np.float32) for i in range(4)]
+    wrong: list[int] = []
+
+    def run(number: int) -> None:
+        for _ in range(20):
+            if decoded(encode_array(arrays[number])).tobytes() != arrays[number].tobytes():
+                wrong.append(number)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert not wrong
+
+
 @pytest.mark.parametrize("size", [100, 70_000, 3_000_000])
 def test_noise_is_stored_raw_and_order_is_compressed(size: int) -> None:
     noise = np.random.default_rng(1).integers(0, 256, size, dtype=np.uint8)
@@ -255,6 +310,61 @@ def test_a_range_that_does_not_fit_is_kept_exactly(quantise: str) -> None:
     assert decoded(encode_array(array, quantise=quantise)).tobytes() == array.tobytes()
 
 
+TALL = hnp.array_shapes(min_dims=1, max_dims=3, max_side=4).map(lambda shape: (64 + shape[0], *shape))
+
+
+@given(TALL, st.integers(0, 2**32 - 1), st.sampled_from(["float16", "float32", "float64"]))
+def test_int8_error_of_a_tall_tile_is_at_most_half_a_step_of_its_column(
+    shape: tuple[int, ...], seed: int, name: str
+) -> None:
+    rng = np.random.default_rng(seed)
+    peaks = 10.0 ** rng.integers(-3, 4, shape[1:])
+    array = (rng.uniform(-1, 1, shape) * peaks * (rng.random(shape[1:]) < 0.9)).astype(name)
+    tile = encode_array(array, quantise="int8")
+    head = msgspec.msgpack.decode(tile.header, type=TileHeader)
+    assert head.quantise == "int8"
+    assert len(head.scales) == 4 * np.prod(shape[1:], dtype=int)
+    wide = array.astype(np.float64)
+    own = np.finfo(name).eps * np.abs(wide) + (2.0**-24 if name == "float16" else 0)
+    error = np.abs(decoded(tile).astype(np.float64) - wide)
+    assert (error <= np.abs(wide).max(axis=0) / 254 * 1.0001 + own).all()
+
+
+def test_scales_never_outgrow_a_records_header() -> None:
+    wide = np.ones((64, 600, 600), dtype=np.float32)
+    by_channel = encode_array(wide, quantise="int8")
+    assert msgspec.msgpack.decode(by_channel.header, type=TileHeader).scales == np.full(600, 1 / 127, "<f4").tobytes()
+    many = np.ones((2, 1, 300_000), dtype=np.float32)
+    for quantise in ("int8", "fp8"):
+        tile = encode_array(many, quantise=quantise)
+        assert msgspec.msgpack.decode(tile.header, type=TileHeader).quantise == "fp16"
+        assert len(tile.header) < META_BYTES_MAX
+        assert decoded(tile).tobytes() == many.tobytes()
+
+
+@pytest.mark.parametrize("quantise", ["int8", "fp8"])
+@pytest.mark.parametrize("low", [1e-40, 1e-37, 1e-45])
+def test_a_channel_too_small_for_a_scale_is_not_lost_to_fp16(quantise: str, low: float) -> None:
+    array = np.ones((4, 4, 2), dtype=np.float32)
+    array[..., 1] = low
+    assert decoded(encode_array(array, quantise=quantise)).tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("quantise", ["int8", "fp8", "fp16"])
+def test_what_is_0_in_float32_alone_is_kept_exactly(quantise: str) -> None:
+    array = np.full((4, 4), 1e-300)
+    assert decoded(encode_array(array, quantise=quantise)).tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("quantise", ["int8", "fp8"])
+@pytest.mark.parametrize("rows", [1, 63, 64, 65])
+def test_peaks_are_kept(quantise: str, rows: int) -> None:
+    array = np.zeros((rows, 3, 2), dtype=np.float32)
+    array[-1] = np.array([[3.3e38, -3.3e38], [1e-30, -7.0], [65504.0, 0.1]])
+    found = decoded(encode_array(array, quantise=quantise))
+    np.testing.assert_allclose(np.abs(found).max(axis=(0, 1)), np.abs(array).max(axis=(0, 1)), rtol=1e-6)
+
+
 def test_each_channel_has_its_own_scale() -> None:
     array = np.ones((4, 4, 2), dtype=np.float32)
     array[..., 0] *= 1e-3
@@ -288,7 +398,7 @@ def test_unknown_quantisation_is_refused() -> None:
 def test_altered_bytes_are_refused(array: Array, data: st.DataObject) -> None:
     tile = encode_array(array)
     which = data.draw(st.sampled_from(["header", "stored", "codec", "short", "long"]))
-    header, number, stored = tile.header, tile.codec, tile.stored
+    header, number, stored = tile.header, tile.codec, bytes(tile.stored)
     if which == "short":
         stored = stored[: data.draw(st.integers(0, len(stored) - 1))]
     elif which == "long":
@@ -319,6 +429,8 @@ def test_altered_bytes_are_refused(array: Array, data: st.DataObject) -> None:
         TileHeader("int8", (2, 2), "float32", "int8", b"123"),
         TileHeader("int8", (2, 2), "nothing", "int8", b"1234"),
         TileHeader("int8", (2, 2), "float32", "int8", bytes(12)),
+        TileHeader("int8", (2, 1, 2), "float32", "int8", bytes(4)),
+        TileHeader("int8", (1, 2, 2), "float32", "int8", bytes(13)),
     ],
 )
 def test_impossible_headers_are_integrity_errors(head: TileHeader) -> None:

@@ -4,8 +4,12 @@ The canonical form (which the blob_id is made of) is a small msgpack header and 
 values; the codec only decides how those are stored, so identity never depends on compression.
 """
 
+import math
+import threading
+from collections.abc import Iterator
 from typing import Final
 
+import cv2
 import ml_dtypes
 import msgspec
 import numpy as np
@@ -21,10 +25,12 @@ from him.types import BlobId
 RAW: Final = 0
 ZSTD: Final = 1
 SHUFFLE_ZSTD: Final = 2
-"""Bytes of equal significance side by side, then zstd (floats of 2, 4 or 8 bytes)."""
+"""Bytes of equal significance side by side, then zstd (elements of 2 to 16 bytes)."""
 
 CODEC_NAMES: Final = {RAW: "raw", ZSTD: "zstd", SHUFFLE_ZSTD: "shuffle+zstd"}
 
+Array = NDArray[np.generic]
+Bytes = NDArray[np.uint8]
 _NUMPY_DTYPES: Final = (
     *("bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"),
     *("float16", "float32", "float64", "complex64", "complex128"),
@@ -34,16 +40,23 @@ DTYPES: Final[dict[str, np.dtype[np.generic]]] = {name: np.dtype(name).newbyteor
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }
-_FP8_MAX: Final = 448.0
+_LARGEST: Final = {"int8": 127.0, "fp8": 448.0}
 _FP16_RANGE: Final = (2.0**-14, 65504.0)
-"""Smallest normal and largest float16: a tile whose peak lies within loses at most 2^-11 of it."""
+"""Smallest normal and largest float16: a tile or channel whose peak lies within loses at most 2^-11 of it."""
+_SCALE_ROWS_MIN: Final = 64
+"""From here on an int8 scale for each column costs at most 1/16 of the values."""
+_SCALES_MAX: Final = 2**17
+"""Half of what a record's header may hold."""
+_BLOCK_VALUES: Final = 2**17
+"""Values that are scaled at a time: float32 that stays in a core's cache."""
 
 
 class TileHeader(msgspec.Struct, frozen=True, array_like=True):
     """What is needed to read a tile's values: part of its identity.
 
     `dtype` "bytes" is an opaque document. `logical` is the dtype handed back; with `quantise` "int8" or "fp8"
-    `scales` holds one float32 per channel (last axis of three, else a single one).
+    `scales` holds one float32 per channel: per place along all axes but the first, or per index of the last axis of
+    three or more, or a single one; how many there are says which.
     """
 
     dtype: str
@@ -54,22 +67,25 @@ class TileHeader(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EncodedTile(msgspec.Struct, frozen=True):
-    """A tile ready to be stored."""
+    """A tile ready to be stored; what is stored raw may be a view of an array (see `encode_array`)."""
 
     blob_id: BlobId
     header: bytes
     codec: int
-    stored: bytes
+    stored: bytes | memoryview
     raw_size: int
 
 
-def encode_array(array: NDArray[np.generic], *, quantise: str = "") -> EncodedTile:
+def encode_array(array: Array, *, quantise: str = "", borrow: bool = False) -> EncodedTile:
     """Encode an array of 1–4 dimensions.
 
     Args:
         array: any dtype of `DTYPES`.
         quantise: "", "fp16", "int8" or "fp8"; ignored for arrays that are not floats. Falls back to fp16, then to
             lossless, where the range does not fit.
+        borrow: do not copy a contiguous array; `stored` may be its memory. For callers who know that nobody changes
+            the array until the tile is written: else the bytes would no longer be those of the blob_id, and a later
+            tile that has that content would be taken for stored.
 
     Raises:
         UsageError: a dtype or number of dimensions that cannot be stored.
@@ -81,8 +97,11 @@ def encode_array(array: NDArray[np.generic], *, quantise: str = "") -> EncodedTi
     if array.nbytes > TILE_BYTES_MAX:
         raise LimitError(f"a tile holds at most {TILE_BYTES_MAX} bytes; got {array.nbytes}")
     values, header = _quantised(array, name, quantise)
-    payload = np.ascontiguousarray(values, dtype=DTYPES[header.dtype]).tobytes()
-    return _encode(header, payload, itemsize=DTYPES[header.dtype].itemsize)
+    whole = np.ascontiguousarray(values, dtype=DTYPES[header.dtype])
+    if not borrow and np.may_share_memory(whole, array):
+        # As an array, not as bytes: large arrays come in huge pages, twice as fast to fill (measured).
+        whole = whole.copy()
+    return _encode(header, whole.reshape(-1).view(np.uint8).data, itemsize=whole.itemsize)
 
 
 def encode_bytes(document: bytes) -> EncodedTile:
@@ -92,10 +111,10 @@ def encode_bytes(document: bytes) -> EncodedTile:
     return _encode(TileHeader("bytes", (len(document),)), document, itemsize=1)
 
 
-def decode(
-    header: bytes, codec: int, stored: bytes | memoryview, *, expect: BlobId | None = None
-) -> NDArray[np.generic] | bytes:
-    """Values of a stored tile, read-only (those stored raw in the memory they were read into); a document as bytes.
+def decode(header: bytes, codec: int, stored: bytes | memoryview, *, expect: BlobId | None = None) -> Array | bytes:
+    """Values of a stored tile, read-only; a document comes back as bytes.
+
+    What is stored raw is not copied: the array is a view of `stored`, which must then stay as it is.
 
     Args:
         expect: when given, the canonical bytes are digested again and must have this blob_id.
@@ -115,10 +134,9 @@ def decode(
     if head.dtype == "bytes":
         return bytes(payload)
     values = np.frombuffer(payload, dtype=DTYPES[head.dtype]).reshape(head.shape)
-    if not values.flags.aligned:
-        values = values.copy()
+    values = _dequantised(values, head) if head.quantise else values
     values.flags.writeable = False
-    return _dequantised(values, head)
+    return values
 
 
 def shape_and_dtype(header: bytes) -> tuple[tuple[int, ...], str]:
@@ -135,8 +153,8 @@ def dtype_name(dtype: np.dtype[np.generic]) -> str:
     return name
 
 
-def compress(payload: bytes, itemsize: int) -> tuple[int, bytes]:
-    """(codec, stored bytes): raw when a sample gains less than RAW_BELOW_RATIO."""
+def compress(payload: bytes | memoryview, itemsize: int) -> tuple[int, bytes | memoryview]:
+    """(codec, stored bytes): `payload` itself, raw, when a sample of it gains less than RAW_BELOW_RATIO."""
     codec = SHUFFLE_ZSTD if itemsize > 1 else ZSTD
     if len(payload) > 4 * COMPRESSION_SAMPLE_BYTES:
         quarter = COMPRESSION_SAMPLE_BYTES // 4
@@ -149,30 +167,68 @@ def compress(payload: bytes, itemsize: int) -> tuple[int, bytes]:
 
 
 def decompress(codec: int, stored: bytes | memoryview, size: int, itemsize: int) -> bytes | memoryview:
-    """Inverse of `compress`: exactly `size` bytes, else IntegrityError."""
+    """Inverse of `compress`: exactly `size` bytes (`stored` itself when it is raw), else IntegrityError."""
     try:
         if codec != RAW and zstandard.frame_content_size(stored) != size:
             # Asked before unpacking: a frame that names its size is unpacked whole, whatever the limit.
             raise IntegrityError(f"stored bytes do not hold the {size} bytes that are due")
-        payload = stored if codec == RAW else zstandard.ZstdDecompressor().decompress(stored, max_output_size=size)
+        payload = stored if codec == RAW else _zstd.unpacker.decompress(stored, max_output_size=size)
     except zstandard.ZstdError as error:
         raise IntegrityError(f"stored bytes do not decompress: {error}") from error
     if len(payload) != size or codec not in CODEC_NAMES:
         raise IntegrityError(f"codec {codec} gave {len(payload)} bytes where {size} are due")
+    return _unshuffled(np.frombuffer(payload, dtype=np.uint8), itemsize).data if codec == SHUFFLE_ZSTD else payload
+
+
+def stored_digest(stored: bytes | memoryview) -> bytes:
+    """32-byte BLAKE3 of stored bytes: lets a scrub verify without keys and without decoding."""
+    return blake3(stored).digest()
+
+
+class _Zstd(threading.local):
+    """Contexts of one thread, made once: making them costs a tenth of a screen tile's decoding."""
+
+    def __init__(self) -> None:
+        self.packer = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False)
+        self.unpacker = zstandard.ZstdDecompressor()
+
+
+_zstd: Final = _Zstd()
+
+
+def _pack(codec: int, payload: bytes | memoryview, itemsize: int) -> bytes:
     if codec == SHUFFLE_ZSTD:
-        planes = np.frombuffer(payload, dtype=np.uint8).reshape(itemsize, size // itemsize)
-        return planes.T.tobytes()
-    return payload
+        payload = _shuffled(np.frombuffer(payload, dtype=np.uint8), itemsize).data
+    return _zstd.packer.compress(payload)
 
 
-def _pack(codec: int, payload: bytes, itemsize: int) -> bytes:
-    if codec == SHUFFLE_ZSTD:
-        planes = np.frombuffer(payload, dtype=np.uint8).reshape(len(payload) // itemsize, itemsize)
-        payload = planes.T.tobytes()
-    return zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=False).compress(payload)
+def _shuffled(values: Bytes, itemsize: int) -> Bytes:
+    """All first bytes of the elements, then all second bytes …, flat; 4 to 35 times as fast as numpy's transpose."""
+    count = len(values) // itemsize
+    if itemsize > 4:
+        # cv2 takes up to four channels fast: words first, then the bytes of each word.
+        words = np.empty((itemsize // 4, 1, count), dtype=np.int32)
+        cv2.split(values.view(np.int32).reshape(1, count, -1), list(words))
+        return np.concatenate([_shuffled(word.reshape(-1).view(np.uint8), 4) for word in words])
+    planes = np.empty((itemsize, 1, count), dtype=np.uint8)
+    cv2.split(values.reshape(1, count, itemsize), list(planes))
+    return planes.reshape(-1)
 
 
-def _encode(header: TileHeader, payload: bytes, itemsize: int) -> EncodedTile:
+def _unshuffled(planes: Bytes, itemsize: int) -> Bytes:
+    """Inverse of `_shuffled`."""
+    count = len(planes) // itemsize
+    if itemsize > 4:
+        words = [_unshuffled(part, 4).view(np.int32).reshape(1, count) for part in planes.reshape(itemsize // 4, -1)]
+        whole = np.empty((1, count, itemsize // 4), dtype=np.int32)
+        cv2.merge(words, whole)
+        return whole.reshape(-1).view(np.uint8)
+    values = np.empty((1, count, itemsize), dtype=np.uint8)
+    cv2.merge(list(planes.reshape(itemsize, 1, count)), values)
+    return values.reshape(-1)
+
+
+def _encode(header: TileHeader, payload: bytes | memoryview, itemsize: int) -> EncodedTile:
     head = msgspec.msgpack.encode(header)
     codec, stored = compress(payload, itemsize)
     return EncodedTile(blob_id(KIND_TILE, head, payload), head, codec, stored, len(payload))
@@ -181,58 +237,97 @@ def _encode(header: TileHeader, payload: bytes, itemsize: int) -> EncodedTile:
 def _payload_size(head: TileHeader) -> int:
     if any(name != "bytes" and name not in DTYPES for name in (head.dtype, head.logical or head.dtype)):
         raise IntegrityError(f"tile header names an unknown dtype {head.dtype!r} {head.logical!r}")
-    channels = head.shape[-1] if len(head.shape) >= 3 else 1
-    if head.quantise in ("int8", "fp8") and len(head.scales) != 4 * channels:
-        raise IntegrityError(f"tile header has {len(head.scales)} bytes of scales for {channels} channels")
-    size = 1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize
-    for length in head.shape:
-        size *= length
+    size = (1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize) * math.prod(head.shape)
     if min(head.shape, default=0) < 0 or size > TILE_BYTES_MAX:
         raise IntegrityError(f"tile header names {size} bytes")
+    if head.quantise in _LARGEST and len(head.scales) // 4 not in (math.prod(one) for one in _channels(head.shape)):
+        raise IntegrityError(f"tile header has {len(head.scales)} bytes of scales for shape {head.shape}")
     return size
 
 
-def _quantised(array: NDArray[np.generic], name: str, quantise: str) -> tuple[NDArray[np.generic], TileHeader]:
+# -- quantisation
+
+
+def _channels(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes scales may have, finest first: by column and channel, by channel, a single one."""
+    return [shape[1:], shape[-1:]] if len(shape) >= 3 else [shape[1:], ()]
+
+
+def _scale_shape(shape: tuple[int, ...], quantise: str) -> tuple[int, ...]:
+    """How finely a tile is scaled (measured on a real KV cache: docs/design/007-codecs.md).
+
+    An int8 step is as coarse as its channel's largest value, so each column has its own; fp8 brings its own exponents
+    and gains nothing from that.
+    """
+    fine, coarse = _channels(shape)
+    worth = quantise == "int8" and shape[0] >= _SCALE_ROWS_MIN and math.prod(fine) <= _SCALES_MAX
+    return fine if worth else coarse
+
+
+def _quantised(array: Array, name: str, quantise: str) -> tuple[Array, TileHeader]:
     lossless = array, TileHeader(name, array.shape)
     if not quantise or name not in ("float16", "float32", "float64", "bfloat16"):
         return lossless
-    with np.errstate(over="ignore"):
-        values = array.astype(np.float32)
-    if not bool(np.isfinite(values).all()):
-        return lossless
-    if quantise in ("int8", "fp8"):
-        axes = tuple(range(values.ndim - 1)) if values.ndim >= 3 else None
-        peak = np.abs(values).max(axis=axes)
-        largest = 127.0 if quantise == "int8" else _FP8_MAX
-        scales = np.where(peak > 0, peak / largest, 1.0).astype("<f4")
-        with np.errstate(over="ignore"):
-            fits = np.isfinite(scales * np.float32(largest)) & (scales >= np.finfo(np.float32).tiny)
-        if bool(fits.all()):
-            scaled = values / scales
-            stored: NDArray[np.generic] = (
-                np.clip(np.rint(scaled), -127, 127).astype(np.int8)
-                if quantise == "int8"
-                else scaled.astype(ml_dtypes.float8_e4m3fn)
-            )
-            return stored, TileHeader(stored.dtype.name, array.shape, name, quantise, scales.tobytes())
-    elif quantise != "fp16":
+    if quantise not in ("fp16", *_LARGEST):
         raise UsageError(f"unknown quantisation {quantise!r}", fix="use fp16, int8 or fp8")
+    # float64 keeps its range until the peaks are known: what underflows to 0 in float32 is not 0.
+    values = array if name == "float64" else array.astype(np.float32, copy=False)
+    shape = _scale_shape(values.shape, quantise)
+    peaks = _peaks(values, shape)
+    if not bool(np.isfinite(peaks).all()):
+        return lossless
+    if quantise in _LARGEST:
+        with np.errstate(over="ignore", under="ignore"):
+            scales = np.where(peaks > 0, peaks / _LARGEST[quantise], 1.0).astype("<f4")
+            fits = np.isfinite(scales * np.float32(_LARGEST[quantise])) & (scales >= np.finfo(np.float32).tiny)
+        if scales.size <= _SCALES_MAX and bool(fits.all()):
+            stored = _scaled_down(values, scales, quantise)
+            return stored, TileHeader(stored.dtype.name, array.shape, name, quantise, scales.tobytes())
+    else:
+        peaks = peaks.max()
     low, high = _FP16_RANGE
-    if (peak_value := float(np.abs(values).max())) == 0 or low <= peak_value <= high:
+    if bool(((peaks == 0) | (low <= peaks) & (peaks <= high)).all()):
         return values.astype(np.float16), TileHeader("float16", array.shape, name, "fp16")
     return lossless
 
 
-def _dequantised(values: NDArray[np.generic], head: TileHeader) -> NDArray[np.generic]:
-    if not head.quantise:
-        return values
+def _peaks(values: Array, shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """The largest magnitude of each channel (NaN where there is one), without a copy of the values."""
+    axes = tuple(range(values.ndim - len(shape)))
+    peaks = np.maximum(np.max(values, axis=0), -np.min(values, axis=0))
+    return np.max(peaks, axis=tuple(axis - 1 for axis in axes[1:])).astype(np.float64)
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of an array, _BLOCK_VALUES values at a time."""
+    rows = max(1, _BLOCK_VALUES // max(1, math.prod(shape[1:])))
+    return (slice(at, at + rows) for at in range(0, shape[0], rows))
+
+
+def _scaled_down(values: Array, scales: NDArray[np.float32], quantise: str) -> Array:
+    """Values as int8 or fp8: rounded to the nearest, half to even, of what their scale can express."""
+    stored = np.empty(values.shape, dtype=np.int8 if quantise == "int8" else ml_dtypes.float8_e4m3fn)
+    for rows in _blocks(values.shape):
+        scaled = np.divide(values[rows], scales, dtype=np.float32, casting="same_kind")
+        # A peak divided by its own scale is at most 127 and a rounding error, so nothing has to be clipped.
+        stored[rows] = np.rint(scaled, out=scaled) if quantise == "int8" else scaled
+    return stored
+
+
+def _dequantised(values: Array, head: TileHeader) -> Array:
     logical = DTYPES[head.logical]
-    if head.quantise == "fp16":
+    if head.quantise not in _LARGEST:
         return values.astype(logical)
-    scales = np.frombuffer(head.scales, dtype="<f4")
-    return (values.astype(np.float32) * scales).astype(logical)
+    count = len(head.scales) // 4
+    shape = next(shape for shape in _channels(head.shape) if math.prod(shape) == count)
+    scales = np.frombuffer(head.scales, dtype="<f4").reshape(shape)
+    whole = np.empty(head.shape, dtype=logical)
+    for rows in _blocks(head.shape):
+        wide = _FP8_VALUES[values[rows].view(np.uint8)] if head.quantise == "fp8" else values[rows].astype(np.float32)
+        wide *= scales
+        whole[rows] = wide
+    return whole
 
 
-def stored_digest(stored: bytes | memoryview) -> bytes:
-    """32-byte BLAKE3 of stored bytes: lets a scrub verify without keys and without decoding."""
-    return blake3(stored).digest()
+_FP8_VALUES: Final = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+"""float32 of every fp8 byte: a look-up is three times as fast as a conversion (measured)."""
