@@ -103,8 +103,8 @@ class CountingStore:
         self.put.append(blob)
         return blob
 
-    def parsed(self, kind: int, blob: BlobId, parse: Callable[[bytes], T]) -> T:
-        return parse(self.page(kind, blob))
+    def parsed(self, kind: int, blob: bytes, parse: Callable[[bytes], T]) -> T:
+        return parse(self.page(kind, BlobId(blob)))
 
     def put_pages(self, kind: int, payloads: Sequence[bytes]) -> list[BlobId]:
         return [self.put_page(kind, payload) for payload in payloads]

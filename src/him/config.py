@@ -37,6 +37,10 @@ BUFFERS_KEPT_BYTES: Final = 256 * 1024 * 1024
 # Deltas (spec §9)
 DELTA_DEPTH_MAX: Final = 4
 DELTA_FLATTEN_RATIO: Final = 0.30
+DELTA_FROM_BYTES: Final = 1024
+"""Tiles that take less than this in full are stored so."""
+PARTS_DEPTH_MAX: Final = 8
+"""Chunks that are deltas of documents in chunks, and so on: deeper is no honest repository."""
 DELTA_BLOCK_CELLS: Final = 16
 """Side of a block in cells."""
 DELTA_TIE_RATIO: Final = 1.05

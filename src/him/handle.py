@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +19,8 @@ from him.ports import Memo, PictureDecoder
 from him.pyramid import diff, directory
 from him.query import Answer
 from him.tier.warm import WarmStore
+from him.tile import delta
+from him.tile.delta import ClientDelta
 from him.types import Frame, Snapshot, SnapshotId, TileKey, TileMeta, TreeNode
 
 Array = NDArray[np.generic]
@@ -57,6 +60,24 @@ class SnapshotHandle:
             raise UsageError("tiles are put at level 0", fix="declare a level rule for the stream: levels follow")
         self.info = self._parts.ingest.tiles(self.id, stream, frame, {(y, x): value})
         return self._reader.meta(TileKey(stream, frame, 0, y, x))
+
+    def put_delta(
+        self, stream: str, change: ClientDelta | bytes, *, frame: str = "", y: int = 0, x: int = 0
+    ) -> TileMeta:
+        """Put the tile that a delta makes of the one that is there (spec §2.2).
+
+        Raises:
+            ConflictError: another tile is there by now.
+            UsageError, LimitError, IntegrityError: a delta that does not fit or leads elsewhere than it says.
+        """
+        given = delta.unpack(change) if isinstance(change, bytes) else change
+        self.info = self._parts.ingest.delta(self.id, stream, frame, (y, x), given)
+        return self._reader.meta(TileKey(stream, frame, 0, y, x))
+
+    def make_delta(self, stream: str, value: Array | bytes, *, frame: str = "", y: int = 0, x: int = 0) -> bytes | None:
+        """The delta that makes `value` of the tile that is there, packed; None where it saves too little."""
+        made = self._parts.ingest.make_delta(self.id, stream, frame, (y, x), value)
+        return None if made is None else msgspec.msgpack.encode(made)
 
     def put_many(self, stream: str, cells: Mapping[tuple[int, int], Array | bytes | None], *, frame: str = "") -> None:
         """Put (or, with None, delete) several cells (row, column) in one commit."""

@@ -20,17 +20,21 @@ from him.errors import ConflictError, LimitError, NotFoundError, UsageError
 from him.index import row_texts
 from him.perception import pins, see
 from him.ports import Clock, Memo, TextEncoder, TextReader
+from him.pyramid import directory, update
 from him.tier.warm import WarmStore
-from him.tile import codec
+from him.tile import codec, delta
+from him.tile.delta import ClientDelta
 from him.types import (
     BlobId,
     Frame,
     Scene,
     Snapshot,
     StreamSpec,
+    TileKey,
     TreeNode,
     checked_name,
     snapshot_bytes,
+    tile_id_text,
 )
 
 Array = NDArray[np.generic]
@@ -120,7 +124,8 @@ class Ingest:
         seen = see(pixels, self._reader, self._memo, tree, progress)
         opened = self._history.writable(target)
         origin, epoch, before = snapshot_bytes(opened.snapshot_id), self._store.epoch, self._store.written_bytes
-        written = sum(self._store.put_tile(tile, origin) for tile in tiles.values())
+        replaced = self._replaced(opened, "screen", frame, tiles)
+        written = self._store.put_tiles(list(tiles.values()), origin, replaced)
         scene = msgspec.structs.replace(
             seen.scene, tiles=tuple((row, column, tile.blob_id.hex()) for (row, column), tile in sorted(tiles.items()))
         )
@@ -128,7 +133,7 @@ class Ingest:
             FrameChange(
                 _frame(STREAMS["screen"], frame, pixels), {at: tile.blob_id for at, tile in tiles.items()}, replace=True
             ),
-            *self._scene_changes(frame, scene, origin),
+            *self._scene_changes(opened, frame, scene),
         ]
         after = self._history.commit(opened.snapshot_id, changes, epoch=epoch)
         return IngestReport(
@@ -173,24 +178,57 @@ class Ingest:
         frame = checked_name(frame, what="frame")
         if not cells or any(not 0 <= n < FRAME_CELLS_MAX for cell in cells for n in cell):
             raise UsageError("tiles are put at rows and columns from 0 up")
-        put: dict[tuple[int, int], BlobId | None] = {}
-        tiles: list[codec.EncodedTile] = []
+        given = {cell: value for cell, value in sorted(cells.items()) if value is not None}
+        encoded = self._store.spread(lambda value: self._encoded(spec, value), list(given.values()))
+        tiles = dict(zip(given, encoded, strict=True))
+        put = {cell: tiles[cell].blob_id if cell in tiles else None for cell in sorted(cells)}
         shape: Frame | None = None
-        for (row, column), value in sorted(cells.items()):
-            if value is None:
-                put[row, column] = None
-                continue
-            tiles.append(self._encoded(spec, value))
-            put[row, column] = tiles[-1].blob_id
+        for (row, column), value in given.items():
             shape = _grown(shape, _cell_frame(spec, frame, row, column, value))
         if shape is None:
             shape = self._existing(self._history.snapshot(target), stream, frame)
         # Only now may the branch be created: what is refused leaves nothing.
         snapshot = self._history.writable(target)
         origin, epoch = snapshot_bytes(snapshot.snapshot_id), self._store.epoch
-        for tile in tiles:
-            self._store.put_tile(tile, origin)
+        self._store.put_tiles(list(tiles.values()), origin, self._replaced(snapshot, stream, frame, tiles))
         return self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put)], epoch=epoch)
+
+    def delta(self, target: str, stream: str, frame: str, cell: tuple[int, int], change: ClientDelta) -> Snapshot:
+        """Put the tile that a client's delta makes of the one in its cell; how it is stored is decided anew.
+
+        Raises:
+            ConflictError: the cell holds another tile than the delta was made on.
+            UsageError, LimitError, IntegrityError: a delta that does not fit, or leads to another tile than it names.
+        """
+        found = self._history.snapshot(target)
+        reader = SnapshotReader(self._store, self._memo, found.directory)
+        key = TileKey(stream, frame, 0, *cell)
+        if tile_id_text(reader.tile_id(key)) != change.parent:
+            fix = "read the tile that is there, make the delta on it, and send it once more"
+            raise ConflictError("the place holds another tile than the delta was made on", object=str(key), fix=fix)
+        base = reader.present(key).blob_id
+        applied = delta.apply(change, self._store.read(base).meta, self._store.payload(base))
+        value = codec.values_of(applied.header, applied.payload)
+        tile = codec.encode_payload(applied.header, applied.payload)
+        spec = self._history.stream(stream)
+        if not isinstance(value, bytes):
+            _check_tile(spec, value)
+        opened = self._history.writable(target)
+        epoch, cells = self._store.epoch, {cell: tile}
+        shape = _cell_frame(spec, frame, *cell, value)
+        replaced = self._replaced(opened, stream, frame, cells)
+        self._store.put_tiles([tile], snapshot_bytes(opened.snapshot_id), replaced)
+        return self._history.commit(opened.snapshot_id, [FrameChange(shape, {cell: tile.blob_id})], epoch=epoch)
+
+    def make_delta(
+        self, target: str, stream: str, frame: str, cell: tuple[int, int], value: Array | bytes
+    ) -> ClientDelta | None:
+        """What a client sends instead of `value`: a delta on the tile in that cell; None when it saves too little."""
+        reader = SnapshotReader(self._store, self._memo, self._history.snapshot(target).directory)
+        key = TileKey(stream, frame, 0, *cell)
+        tile = self._encoded(self._history.stream(stream), value)
+        payload = self._store.payload(reader.present(key).blob_id)
+        return delta.make(reader.tile_id(key), payload, tile.header, tile.payload)
 
     def append(self, target: str, stream: str, rows: Sequence[object], *, writer: str) -> tuple[Snapshot, str]:
         """Append rows (JSON values) as one document to the log frame of this snapshot and writer; (snapshot, frame)."""
@@ -250,9 +288,24 @@ class Ingest:
             vectors |= fresh
         return np.frombuffer(b"".join(vectors[key] for key in keys), dtype=np.int8).reshape(len(texts), -1)
 
-    def _scene_changes(self, frame: str, scene: Scene, origin: bytes) -> Iterator[FrameChange]:
-        document = codec.encode_bytes(bytes_of(scene))
-        self._store.put_tile(document, origin)
+    def _replaced(
+        self, snapshot: Snapshot, stream: str, frame: str, tiles: Mapping[tuple[int, int], codec.EncodedTile]
+    ) -> dict[BlobId, BlobId]:
+        """For each new tile the one that stands in its cell now."""
+        found = directory.find(self._store, snapshot.directory, (stream, frame))
+        if found is None or not tiles:
+            return {}
+        places = np.array(list(tiles), dtype=np.int64)
+        raw, present = update.look_up(self._store, found.root, found.root_height, places[:, 0], places[:, 1])
+        return {
+            tile.blob_id: BlobId(raw[number, :32].tobytes())
+            for number, tile in enumerate(tiles.values())
+            if present[number]
+        }
+
+    def _scene_changes(self, opened: Snapshot, frame: str, scene: Scene) -> Iterator[FrameChange]:
+        origin, document = snapshot_bytes(opened.snapshot_id), codec.encode_bytes(bytes_of(scene))
+        self._store.put_tiles([document], origin, self._replaced(opened, "scene", frame, {(0, 0): document}))
         yield FrameChange(_cell_frame(STREAMS["scene"], frame, 0, 0, b""), {(0, 0): document.blob_id}, replace=True)
         vectors = self._vectors(row_texts(scene)) if scene.nodes else np.zeros((1, 1), dtype=np.int8)
         put = self._put_tiles(vectors, STREAMS["emb"], origin) if scene.nodes else _Put({}, 0)
@@ -286,11 +339,7 @@ class Ingest:
             return codec.encode_bytes(value)
         if spec.content != "array":
             raise UsageError(f"stream {spec.name!r} holds documents; got an array")
-        _check_dtype(spec, value)
-        if value.ndim not in (2, 3) or value.shape[0] > spec.tile_height or value.shape[1] > spec.tile_width:
-            raise UsageError(
-                f"a tile of {spec.name!r} has at most {spec.tile_height}×{spec.tile_width} pixels; got {value.shape}"
-            )
+        _check_tile(spec, value)
         return codec.encode_array(value, quantise=spec.quantise)
 
     def _existing(self, snapshot: Snapshot, stream: str, frame: str) -> Frame:
@@ -303,6 +352,14 @@ def _parts(values: Array, spec: StreamSpec) -> Iterator[tuple[int, int, Array]]:
     for row in range(-(-values.shape[0] // high)):
         for column in range(-(-values.shape[1] // wide)):
             yield row, column, values[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
+
+
+def _check_tile(spec: StreamSpec, value: Array) -> None:
+    _check_dtype(spec, value)
+    if value.ndim not in (2, 3) or value.shape[0] > spec.tile_height or value.shape[1] > spec.tile_width:
+        raise UsageError(
+            f"a tile of {spec.name!r} has at most {spec.tile_height}×{spec.tile_width} pixels; got {value.shape}"
+        )
 
 
 def _check_dtype(spec: StreamSpec, values: Array) -> None:

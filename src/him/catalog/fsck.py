@@ -15,6 +15,7 @@ from him.pyramid import directory, update
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import KIND_FOOTER, KIND_NAMES, KIND_TILE, blob_id
+from him.tile.chunks import CHUNKS
 from him.types import (
     AttributeSet,
     Batch,
@@ -212,7 +213,9 @@ class Fsck:
         """Whether the stored bytes decode to what the blob_id names."""
         header = found.header
         try:
-            if header.kind == KIND_TILE:
+            if header.delta_depth or header.codec == CHUNKS:
+                self._store.read_tile(header.blob_id)
+            elif header.kind == KIND_TILE:
                 codec.decode(found.meta, header.codec, found.stored, expect=header.blob_id)
             elif blob_id(header.kind, found.meta, found.stored) != header.blob_id:
                 raise IntegrityError(f"{KIND_NAMES.get(header.kind, 'record')} has another identity")

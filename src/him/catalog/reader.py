@@ -62,7 +62,7 @@ class SnapshotReader:
 
     def tile_id(self, key: TileKey) -> TileId:
         """Identity of a present tile. Raises NotFoundError."""
-        entry = self._present(key)
+        entry = self.present(key)
         return tile_id(key, entry.origin, entry.blob_id)
 
     def tile(self, key: TileKey) -> Array | bytes:
@@ -72,7 +72,7 @@ class SnapshotReader:
             NotFoundError: nothing was put there.
             IntegrityError: the stored bytes are damaged; the message names the tile and the place.
         """
-        entry = self._present(key)
+        entry = self.present(key)
         if key.level == 0 or self._store.has(entry.blob_id):
             return self._store.read_tile(entry.blob_id)
         scratch = Scratch(self._store)
@@ -81,7 +81,7 @@ class SnapshotReader:
 
     def tiles(self, keys: Sequence[TileKey]) -> list[Array | bytes]:
         """`tile` of each key, in the order asked for; level 0 is read in the order it lies in, on several threads."""
-        entries = [self._present(key) for key in keys]
+        entries = [self.present(key) for key in keys]
         stored = [at for at, key in enumerate(keys) if key.level == 0 or self._store.has(entries[at].blob_id)]
         found = dict(zip(stored, self._store.read_tiles([entries[at].blob_id for at in stored]), strict=True))
         return [found[at] if at in found else self.tile(key) for at, key in enumerate(keys)]
@@ -89,7 +89,7 @@ class SnapshotReader:
     @contextmanager
     def view(self, key: TileKey) -> Generator[Array | bytes]:
         """A tile without copying where it is stored raw; its place in the pack is locked while the array lives."""
-        entry = self._present(key)
+        entry = self.present(key)
         if key.level and not self._store.has(entry.blob_id):
             yield self.tile(key)
             return
@@ -98,13 +98,16 @@ class SnapshotReader:
 
     def meta(self, key: TileKey) -> TileMeta:
         """What is known of a tile without its values. Raises NotFoundError."""
-        entry = self._present(key)
+        entry = self.present(key)
         frame = self.frame(key.stream, key.frame)
         found = self._store.read(entry.blob_id)
         shape, dtype = codec.shape_and_dtype(found.meta)
+        parent = None
+        if found.delta_depth:
+            parent = tile_id_text(tile_id(key, self._store.read(found.delta_base).origin, found.delta_base))
         return TileMeta(
             tile_id_text(tile_id(key, entry.origin, entry.blob_id)), key.stream, key.frame,
-            snapshot_id(entry.origin), key.level, key.x, key.y, shape, dtype, None, frame.halo,
+            snapshot_id(entry.origin), key.level, key.x, key.y, shape, dtype, parent, frame.halo,
             entry.blob_id.hex(), self._store.size_of(entry.blob_id),
         )  # fmt: skip
 
@@ -140,7 +143,8 @@ class SnapshotReader:
         shape = dict(frame.attributes).get("kv_shape")
         return whole if shape is None else kv_tensor(whole, tuple(int(n) for n in shape.split(",")))
 
-    def _present(self, key: TileKey) -> Entry:
+    def present(self, key: TileKey) -> Entry:
+        """`entry` of a cell that holds something. Raises NotFoundError."""
         entry = self.entry(key)
         if entry is None:
             raise NotFoundError("nothing is stored at that place", object=str(key))

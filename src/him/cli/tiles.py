@@ -34,9 +34,18 @@ def register(program: typer.Typer) -> None:
     command(
         tiles,
         "put",
-        ["him tiles put --stream kv_cache --snapshot main --frame chat-7 --level 0 --x 10 --y 12 tile.npy"],
+        [
+            "him tiles put --stream kv_cache --snapshot main --frame chat-7 --level 0 --x 10 --y 12 tile.npy",
+            "him tiles put --stream kv_cache --snapshot main --frame chat-7 --x 10 --y 12 --delta tile.delta",
+        ],
         within="tiles",
     )(put)
+    command(
+        tiles,
+        "delta",
+        ["him tiles delta --stream kv_cache --snapshot main --frame chat-7 --x 10 --y 12 tile.npy -o tile.delta"],
+        within="tiles",
+    )(delta)
     command(
         tiles,
         "get",
@@ -82,19 +91,54 @@ def put(
     level: LevelOption = 0,
     x: XOption = 0,
     y: YOption = 0,
+    as_delta: Annotated[
+        bool, typer.Option("--delta", help="FILE is a delta on the tile that is there, made by `him tiles delta`.")
+    ] = False,
     repo: RepoOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write one tile; an unknown branch is made, a sealed one gets a child."""
     session = session_of(context)
     path = session.path(file)
-    value = read_npy(path) if path.suffix == ".npy" else read_bytes(path)
     with session.repository(repo) as repository:
-        tile = repository.writable(snapshot).put(stream, value, frame=frame, level=level, y=y, x=x)
+        if as_delta:
+            tile = repository.snapshot(snapshot).put_delta(stream, read_bytes(path), frame=frame, y=y, x=x)
+        else:
+            value = read_npy(path) if path.suffix == ".npy" else read_bytes(path)
+            tile = repository.writable(snapshot).put(stream, value, frame=frame, level=level, y=y, x=x)
     if json:
         session.json(tile_json(tile))
     else:
         session.say(f"{tile.tile_id} ({tile.size_bytes} bytes) in {tile.snapshot_id}")
+
+
+def delta(
+    context: typer.Context,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="The new tile: an .npy array, or any file of a document.")
+    ],
+    stream: StreamOption,
+    snapshot: SnapshotOption,
+    output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="Where the delta goes.")],
+    frame: FrameDefault = "",
+    x: XOption = 0,
+    y: YOption = 0,
+    repo: RepoOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make the delta from the tile that is there to another; writes nothing to the repository."""
+    session = session_of(context)
+    path = session.path(file)
+    value = read_npy(path) if path.suffix == ".npy" else read_bytes(path)
+    with session.repository(repo) as repository:
+        made = repository.snapshot(snapshot).make_delta(stream, value, frame=frame, y=y, x=x)
+    if made is None:
+        raise UsageError("the tiles differ by too much for a delta", fix="put the tile itself: `him tiles put`")
+    session.path(output).write_bytes(made)
+    if json:
+        session.json({"size_bytes": len(made), "tile_bytes": path.stat().st_size})
+    else:
+        session.say(f"{len(made)} bytes for a tile of {path.stat().st_size}")
 
 
 def get(

@@ -18,7 +18,7 @@ from him.config import DIRECTORY_FANOUT, DIRECTORY_LEAF_RECORDS
 from him.errors import IntegrityError
 from him.pyramid.page import PageStore
 from him.tile.address import KIND_DIRECTORY
-from him.types import BlobId, Frame
+from him.types import Frame
 
 FrameKey = tuple[str, str]
 """(stream, frame name)."""
@@ -142,7 +142,7 @@ def _put_inner(store: PageStore, node: dict[int, tuple[bytes, int]]) -> bytes:
 
 
 def _load(store: PageStore, root: bytes) -> Node:
-    return store.parsed(KIND_DIRECTORY, BlobId(root), _parse)
+    return store.parsed(KIND_DIRECTORY, root, _parse)
 
 
 def _parse(payload: bytes) -> Node:

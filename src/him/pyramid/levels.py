@@ -78,7 +78,7 @@ class Scratch:
         """From here, else from the store behind."""
         return self._pages[blob] if blob in self._pages else self._store.page(kind, blob)
 
-    def parsed(self, kind: int, blob: BlobId, parse: Callable[[bytes], T]) -> T:
+    def parsed(self, kind: int, blob: bytes, parse: Callable[[bytes], T]) -> T:
         """Parsed here, or by the store behind."""
         return parse(self._pages[blob]) if blob in self._pages else self._store.parsed(kind, blob, parse)
 

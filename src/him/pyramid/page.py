@@ -31,7 +31,7 @@ class PageStore(Protocol):
         """Verified payload; raises IntegrityError."""
         ...
 
-    def parsed(self, kind: int, blob: BlobId, parse: Callable[[bytes], _T]) -> _T:
+    def parsed(self, kind: int, blob: bytes, parse: Callable[[bytes], _T]) -> _T:
         """`parse(page(kind, blob))`, which may be remembered; nobody changes it."""
         ...
 
@@ -126,7 +126,7 @@ def decode(payload: bytes) -> Page:
 
 def load(store: PageStore, blob: bytes, height: int) -> Page:
     """The page with this hash, which must stand at `height`. Raises IntegrityError."""
-    found = store.parsed(KIND_PAGE, BlobId(blob), decode)
+    found = store.parsed(KIND_PAGE, blob, decode)
     if found.height != height:
         raise IntegrityError(f"not a page of height {height}", object=blob.hex())
     return found

@@ -10,7 +10,7 @@ from him.config import PAGE_SIDE
 from him.pyramid import page
 from him.pyramid.page import CELL_BYTES, Page, PagesStore, PageStore, decode, load
 from him.tile.address import KIND_PAGE
-from him.types import BlobId, Box, Entry
+from him.types import Box, Entry
 
 Cell = tuple[int, int]
 """(row, column) of a tile at level 0."""
@@ -51,7 +51,7 @@ def get(store: PageStore, root: bytes, height: int, row: int, column: int) -> En
     for step in range(height, -1, -1):
         down = _SIDE_BITS * step
         slot = (row >> down & PAGE_SIDE - 1) << _SIDE_BITS | column >> down & PAGE_SIDE - 1
-        found = parsed(KIND_PAGE, BlobId(raw), decode)
+        found = parsed(KIND_PAGE, raw, decode)
         below = found.get(slot) if found.height == step else load(store, raw, step).get(slot)
         if below is None:
             return None

@@ -8,6 +8,7 @@ A segment keeps its columns apart, so that a search by name stays in few lines o
 """
 
 import contextlib
+import struct
 from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -23,6 +24,7 @@ from him.ports import Disk
 from him.types import BlobId
 
 PLACE: Final = np.dtype([("pack", "<u4"), ("unit", "<u4"), ("length", "<u4"), ("kind", "<u4")])
+_NAME: Final = struct.Struct(">QQ")
 _MAGIC: Final = b"HIMADDR\x02"
 _HEAD: Final = 128
 """Magic, position before and after (u64 each), the columns' digest, the digest of all that, zeros."""
@@ -79,8 +81,8 @@ class _Segment:
         at = bisect_left(highs, high)
         while at < count and highs[at] == high:
             if self._lows[at] == low:
-                pack, unit, length, kind = self._places[4 * at : 4 * at + 4]
-                return Location(pack, unit * PACK_ALIGN_BYTES, length, kind)
+                places, row = self._places, 4 * at
+                return Location(places[row], places[row + 1] * PACK_ALIGN_BYTES, places[row + 2], places[row + 3])
             at += 1
         return None
 
@@ -123,7 +125,7 @@ class AddressIndex:
         found = self._tail.get(blob)
         if found is not None:
             return found
-        high, low = int.from_bytes(blob[:8], "big"), int.from_bytes(blob[8:16], "big")
+        high, low = _NAME.unpack_from(blob)
         for segment in reversed(self._segments):
             found = segment.find(high, low)
             if found is not None:

@@ -1,12 +1,13 @@
 """The warm tier: blobs in local packs, every read verified, every write appended to this process's own pack."""
 
+import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,8 +17,11 @@ from him.config import (
     ADDRESS_KEPT_ROWS,
     BUFFER_FROM_BYTES,
     BUFFERS_KEPT_BYTES,
+    CHUNKS_FROM_BYTES,
+    DELTA_FROM_BYTES,
     PACK_TARGET_BYTES,
     PAGE_CACHE_BYTES,
+    PARTS_DEPTH_MAX,
     READ_THREADS_MAX,
 )
 from him.errors import BusyError, IntegrityError, NotFoundError
@@ -26,8 +30,9 @@ from him.pack.file import PackWriter, read_index, read_record
 from him.pack.format import Draft
 from him.ports import Disk, File, Projection, Rng
 from him.tier.address import AddressIndex, Location
-from him.tile import codec
+from him.tile import chunks, codec, delta
 from him.tile.address import KIND_TILE, blob_id
+from him.tile.chunks import CHUNKS
 from him.types import BlobId, PackFinished, PackRange
 
 PACK_FOLDER: Final = "packs"
@@ -38,12 +43,35 @@ _R = TypeVar("_R")
 
 
 class Blob(msgspec.Struct, frozen=True):
-    """A verified record's content: its kind, header bytes and stored (perhaps compressed) payload."""
+    """A verified record's content: its kind, header bytes and stored payload.
+
+    The payload may be compressed or (from `delta_depth` 1 on) a change of the tile `delta_base`.
+    """
 
     kind: int
     codec: int
     meta: bytes
     stored: memoryview
+    origin: bytes
+    delta_base: BlobId
+    delta_depth: int
+
+
+class _Chain(NamedTuple):
+    """How a tile is stored: one in full, and the deltas that lead from it to the tile, in that order."""
+
+    root_id: BlobId
+    root: Blob
+    links: list[delta.Link]
+
+
+class _Change(NamedTuple):
+    """What makes a record one of a delta: fields of a `Draft`."""
+
+    codec: int
+    stored: bytes
+    delta_base: bytes
+    delta_depth: int
 
 
 class _Buffers:
@@ -155,7 +183,11 @@ class WarmStore:
 
     def read_tile(self, blob: BlobId) -> Values:
         """Decoded values of a tile (read-only memory of their own), or a document's bytes. Raises IntegrityError."""
-        return self._decoded(blob, self.read(blob))
+        return self._values(blob, self.read(blob))
+
+    def payload(self, blob: BlobId) -> bytes | memoryview:
+        """The canonical payload of a tile, verified. Raises IntegrityError."""
+        return self._payload(blob, self.read(blob))
 
     def read_tiles(self, blobs: Sequence[BlobId]) -> list[Values]:
         """`read_tile` of each, in the order asked for; read in the order they lie in, on several threads."""
@@ -173,7 +205,7 @@ class WarmStore:
         Only what is stored raw and unquantised can be lent; anything else is a copy. The range stays locked while
         any reference to the array lives.
         """
-        yield self._decoded(blob, self._located(blob, lambda name, at: self._lent(blob, name, at)))
+        yield self._values(blob, self._located(blob, lambda name, at: self._lent(blob, name, at)))
 
     def spread(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
         """The results of `work` on each item, in order; on several threads where the machine has them."""
@@ -193,18 +225,18 @@ class WarmStore:
             self._pages.put(blob, payload, len(payload))
         return payload
 
-    def parsed(self, kind: int, blob: BlobId, parse: Callable[[bytes], _T]) -> _T:
+    def parsed(self, kind: int, blob: bytes, parse: Callable[[bytes], _T]) -> _T:
         """`parse(page(kind, blob))`, remembered: pure, and its result is never changed."""
         kept = self._parsed.young.get(blob)
         if kept is not None:  # Asked once a level of every look-up: not even a call.
             return kept[0]
         found = self._parsed.get(blob)
         if found is None:
-            payload = self._pages.get(blob) or self._page(kind, blob)
+            payload = self._pages.get(blob) or self._page(kind, BlobId(blob))
             try:
                 found = parse(payload)
             except IntegrityError as error:
-                raise IntegrityError(error.message, object=blob.hex(), place=self.place(blob)) from error
+                raise IntegrityError(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
             self._parsed.put(blob, found, len(payload))
         return found
 
@@ -226,13 +258,20 @@ class WarmStore:
         """Store an encoded tile unless it is there; True when bytes were written."""
         return self.put_tiles([tile], origin) == 1
 
-    def put_tiles(self, tiles: Sequence[codec.EncodedTile], origin: bytes) -> int:
-        """Store the tiles that are not there yet; how many were written."""
-        drafts = [
-            Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, tile.raw_size, origin)
-            for tile in tiles
-        ]
-        return self._put(drafts)
+    def put_tiles(
+        self, tiles: Sequence[codec.EncodedTile], origin: bytes, replaced: Mapping[BlobId, BlobId] | None = None
+    ) -> int:
+        """Store the tiles that are not there yet; how many were written.
+
+        Args:
+            replaced: which tile a new one takes the place of; it is stored as a change of that where this is small.
+        """
+        absent = self._missing([tile.blob_id for tile in tiles])
+        new = {tile.blob_id: tile for tile, gone in zip(tiles, absent, strict=True) if gone}
+        before = replaced or {}
+        drafts = self.spread(lambda tile: self._drafts(tile, origin, before.get(tile.blob_id)), [*new.values()])
+        self._put([chunk for _, *chunks in drafts for chunk in chunks])
+        return self._put([whole for whole, *_ in drafts])
 
     def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
         """Store a page, directory node or companion unless it is there; its hash."""
@@ -409,13 +448,87 @@ class WarmStore:
                 raise
         return work(*self._place(blob))
 
-    def _decoded(self, blob: BlobId, found: Blob) -> Values:
-        if found.kind != KIND_TILE:
-            raise IntegrityError("a tile's place holds something else", object=blob.hex())
+    def _values(self, blob: BlobId, found: Blob) -> Values:
         try:
-            return codec.decode(found.meta, found.codec, found.stored)
+            return codec.values_of(found.meta, self._payload(blob, found))
         except IntegrityError as error:
             raise IntegrityError(error.message, object=blob.hex(), place=self.place(blob)) from error
+
+    def _payload(self, blob: BlobId, found: Blob, within: int = 0) -> bytes | memoryview:
+        """The canonical payload; one put together from others is digested again: no digest of stored bytes covers it.
+
+        Args:
+            within: how many documents in chunks this is a part of.
+        """
+        chain = self._chain(blob, found)
+        payload = self._whole(chain.root, within)
+        if chain.links:
+            payload = delta.decode_chain(payload, chain.links)
+        if (chain.links or chain.root.codec == CHUNKS) and blob_id(KIND_TILE, found.meta, payload) != blob:
+            raise IntegrityError("the parts make a tile with another blob_id", object=blob.hex())
+        return payload
+
+    def _whole(self, found: Blob, within: int = 0) -> bytes | memoryview:
+        """The payload of a tile that is no delta: put together from its chunks where it has some."""
+        if found.kind != KIND_TILE:
+            raise IntegrityError("a tile's place holds something else")
+        if found.codec != CHUNKS:
+            return codec.unpack(found.meta, found.codec, found.stored)
+        if within == PARTS_DEPTH_MAX:
+            raise IntegrityError("chunks within chunks without end")
+        listed = chunks.decode_list(found.stored, math.prod(codec.parse_header(found.meta).shape))
+        return b"".join(self._payload(chunk.blob_id, self.read(chunk.blob_id), within + 1) for chunk in listed)
+
+    def _chain(self, blob: BlobId, found: Blob) -> _Chain:
+        links: list[delta.Link] = []
+        while found.delta_depth:
+            links.append(delta.Link(codec.parse_header(found.meta), found.codec, found.stored))
+            blob, depth = found.delta_base, found.delta_depth
+            found = self.read(blob)
+            if found.delta_depth >= depth:
+                raise IntegrityError(f"a delta of depth {depth} has a base of depth {found.delta_depth}")
+        return _Chain(blob, found, links[::-1])
+
+    def _drafts(self, tile: codec.EncodedTile, origin: bytes, replaced: BlobId | None) -> list[Draft]:
+        """The record of a tile (a change of what it replaces, chunks, or the whole), then those of its chunks."""
+        whole = Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, len(tile.payload), origin)
+        if len(tile.stored) < DELTA_FROM_BYTES:
+            return [whole]
+        change = None if replaced in (None, tile.blob_id) else self._change(tile, replaced)
+        if change is not None:
+            return [whole._replace(**change._asdict())]
+        if codec.parse_header(tile.header).dtype != "bytes" or len(tile.payload) < CHUNKS_FROM_BYTES:
+            return [whole]
+        parts = [codec.encode_bytes(bytes(part)) for part in chunks.split(tile.payload)]
+        if len(parts) == 1:
+            return [whole]
+        listed = chunks.encode_list([chunks.Chunk(part.blob_id, len(part.payload)) for part in parts])
+        return [
+            whole._replace(codec=CHUNKS, stored=listed),
+            *(Draft(KIND_TILE, p.codec, p.blob_id, p.header, p.stored, len(p.payload), origin) for p in parts),
+        ]
+
+    def _change(self, tile: codec.EncodedTile, replaced: BlobId) -> _Change | None:
+        """The tile as a change of what it replaces, when that is small and (tried here) leads back to the tile."""
+        try:
+            chain = self._chain(replaced, self.read(replaced))
+            base, header = self._whole(chain.root), codec.parse_header(tile.header)
+            made = delta.compose(
+                header, base, lambda: delta.decode_chain(base, chain.links), tile.payload,
+                full_size=min(len(chain.root.stored), len(tile.stored)),
+                chain_size=sum(len(link.stored) for link in chain.links), depth=len(chain.links),
+            )  # fmt: skip
+            if made is None:
+                return None
+            link = delta.Link(header, made.delta.codec, made.delta.stored)
+            back = delta.decode_chain(base, [link] if made.depth == 1 else [*chain.links, link])
+        except IntegrityError:
+            # A tile that replaces a damaged one does not depend on it.
+            return None
+        if blob_id(KIND_TILE, tile.header, back) != tile.blob_id:
+            return None
+        base_id = chain.root_id if made.depth == 1 else replaced
+        return _Change(made.delta.codec, made.delta.stored, base_id, made.depth)
 
     def _mended(self) -> bool:
         """Whether a damaged address index led astray; it is made anew (once: then its segments are our own)."""
@@ -495,6 +608,7 @@ class WarmStore:
 
 def _checked(record: layout.Record, place: str) -> Blob:
     header = record.header
-    if header.delta_depth or any(header.key_id):
+    if any(header.key_id):
         raise IntegrityError("the record needs a feature this version lacks", object=header.blob_id.hex(), place=place)
-    return Blob(header.kind, header.codec, record.meta, record.stored)
+    base = BlobId(header.delta_base)
+    return Blob(header.kind, header.codec, record.meta, record.stored, header.origin, base, header.delta_depth)

@@ -67,13 +67,13 @@ class TileHeader(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EncodedTile(msgspec.Struct, frozen=True):
-    """A tile ready to be stored; what is stored raw may be a view of an array (see `encode_array`)."""
+    """A tile ready to be stored; `payload` and what is stored raw may be views of an array (see `encode_array`)."""
 
     blob_id: BlobId
     header: bytes
     codec: int
     stored: bytes | memoryview
-    raw_size: int
+    payload: bytes | memoryview
 
 
 def encode_array(array: Array, *, quantise: str = "", borrow: bool = False) -> EncodedTile:
@@ -111,6 +111,21 @@ def encode_bytes(document: bytes) -> EncodedTile:
     return _encode(TileHeader("bytes", (len(document),)), document, itemsize=1)
 
 
+def encode_payload(header: bytes, payload: bytes | memoryview) -> EncodedTile:
+    """Encode a tile that is given in its canonical form.
+
+    Raises:
+        UsageError: a header that this software would write otherwise: its content would have two names.
+    """
+    head = parse_header(header)
+    tile = _encode(head, payload, itemsize=1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize)
+    if tile.header != header:
+        raise UsageError(
+            "the tile's header is not in its canonical form", fix="encode it as MessagePack, shortest form"
+        )
+    return tile
+
+
 def decode(header: bytes, codec: int, stored: bytes | memoryview, *, expect: BlobId | None = None) -> Array | bytes:
     """Values of a stored tile, read-only; a document comes back as bytes.
 
@@ -122,26 +137,49 @@ def decode(header: bytes, codec: int, stored: bytes | memoryview, *, expect: Blo
     Raises:
         IntegrityError: bytes that do not decode to the size the header names, or another blob_id.
     """
-    try:
-        head = msgspec.msgpack.decode(header, type=TileHeader)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"tile header does not parse: {error}") from error
-    size = _payload_size(head)
-    itemsize = 1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize
-    payload = decompress(codec, stored, size, itemsize)
+    payload = unpack(header, codec, stored)
     if expect is not None and blob_id(KIND_TILE, header, payload) != expect:
         raise IntegrityError("decoded bytes have another blob_id", object=expect.hex())
+    return values_of(header, payload)
+
+
+def unpack(header: bytes, codec: int, stored: bytes | memoryview) -> bytes | memoryview:
+    """The canonical payload of a tile that is stored in full: `stored` itself when it is raw. Raises IntegrityError."""
+    head = parse_header(header)
+    return decompress(codec, stored, _payload_size(head), 1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize)
+
+
+def values_of(header: bytes, payload: bytes | memoryview) -> Array | bytes:
+    """Values of a canonical payload, read-only and not copied unless they are quantised or lie unaligned.
+
+    Raises:
+        IntegrityError: a payload of another size than the header names.
+    """
+    head = parse_header(header)
+    if len(payload) != _payload_size(head):
+        raise IntegrityError(f"a payload of {len(payload)} bytes where the header names {_payload_size(head)}")
     if head.dtype == "bytes":
         return bytes(payload)
     values = np.frombuffer(payload, dtype=DTYPES[head.dtype]).reshape(head.shape)
-    values = _dequantised(values, head) if head.quantise else values
+    if head.quantise:
+        values = _dequantised(values, head)
+    elif not values.flags.aligned:
+        values = values.copy()
     values.flags.writeable = False
     return values
 
 
+def parse_header(header: bytes) -> TileHeader:
+    """The header behind its bytes. Raises IntegrityError."""
+    try:
+        return msgspec.msgpack.decode(header, type=TileHeader)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"tile header does not parse: {error}") from error
+
+
 def shape_and_dtype(header: bytes) -> tuple[tuple[int, ...], str]:
     """Shape and logical dtype a stored tile decodes to, without its values."""
-    head = msgspec.msgpack.decode(header, type=TileHeader)
+    head = parse_header(header)
     return head.shape, head.logical or head.dtype
 
 
@@ -231,7 +269,7 @@ def _unshuffled(planes: Bytes, itemsize: int) -> Bytes:
 def _encode(header: TileHeader, payload: bytes | memoryview, itemsize: int) -> EncodedTile:
     head = msgspec.msgpack.encode(header)
     codec, stored = compress(payload, itemsize)
-    return EncodedTile(blob_id(KIND_TILE, head, payload), head, codec, stored, len(payload))
+    return EncodedTile(blob_id(KIND_TILE, head, payload), head, codec, stored, payload)
 
 
 def _payload_size(head: TileHeader) -> int:
