@@ -11,6 +11,12 @@ PAGE_SIDE: Final = 8
 """Cells a page covers per side."""
 LEVELS_PER_PAGE: Final = 3
 """Levels in a page's companion: 4×4, 2×2, 1×1."""
+LEVEL_PIXELS_DIVISOR: Final = 3
+"""A page's stored levels hold at most a third of the pixels of its present cells, and one tile more (spec §1.1)."""
+LEVEL_THREADS: Final = 2
+"""Threads that derive level tiles."""
+LEVEL_NOTES_HELD: Final = 1_000
+"""Names of derived tiles that are remembered in one batch."""
 DIRECTORY_LEAF_RECORDS: Final = 64
 DIRECTORY_FANOUT: Final = 16
 PACK_ALIGN_BYTES: Final = 64

@@ -155,7 +155,7 @@ class StreamSpec(msgspec.Struct, frozen=True):
     """A declared stream (design §6): how its new frames are cut, typed, compressed and merged.
 
     `tile_height` × `tile_width` pixels a tile; `dtype` "" takes the array's own; `quantise` is one of
-    "", "int8", "fp8", "fp16"; `level_rule` one of "none", "mean", "max", "min", "first";
+    "", "int8", "fp8", "fp16"; `level_rule` one of "none", "mean", "max", "min", "first", "nearest", "min-max";
     `content` "array" or "bytes"; `retention_days` 0 keeps for ever.
     """
 

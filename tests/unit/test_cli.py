@@ -211,8 +211,9 @@ COMMANDS = dict(leaves(typer.main.get_command(program)))  # type: ignore[arg-typ
 
 def test_the_commands_of_the_issue_are_there() -> None:
     wanted = (
-        "init|snap create|snap seal|snap list|snap show|snap diff|snap delete|snap tag|log|branch|tiles put|tiles delta|tiles get|"
-        "tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|daemon status|daemon run"
+        "init|snap create|snap seal|snap list|snap show|snap diff|snap delete|snap tag|log|branch|tiles put|"
+        "tiles delta|tiles get|tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|"
+        "daemon status|daemon run"
     )
     assert set(COMMANDS) == set(wanted.split("|")) == set(EXAMPLES)
 

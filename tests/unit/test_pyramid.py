@@ -3,21 +3,17 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 
-import msgspec
 import numpy as np
 import pytest
-from fakes import CountingStore, DictMemo
+from fakes import CountingStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from him.config import DIRECTORY_LEAF_RECORDS, PAGE_SIDE
-from him.errors import IntegrityError, NotFoundError
-from him.pyramid import diff, directory, levels, page
+from him.errors import IntegrityError
+from him.pyramid import diff, directory, page
 from him.pyramid.update import NOTHING, get, grow, scan, update
 from him.tile.address import KIND_PAGE
-from him.tile.codec import encode_array
-from him.tile.downsample import halve
 from him.types import BlobId, Box, Entry, Frame
 
 Cell = tuple[int, int]
@@ -369,182 +365,3 @@ def test_a_damaged_directory_node_is_an_integrity_error() -> None:
 
 def test_names_with_the_same_letters_have_different_paths() -> None:
     assert directory.path_of(("ab", "c")) != directory.path_of(("a", "bc"))
-
-
-# -- levels
-
-TILE = 4
-
-
-def put_image(
-    store: CountingStore,
-    pixels: NDArray[np.uint8],
-    present: set[Cell] | None = None,
-    rule: str = "mean",
-    tile: int = TILE,
-) -> Frame:
-    """Store an image in tiny tiles; cells outside `present` are left out."""
-    rows, columns = -(-pixels.shape[0] // tile), -(-pixels.shape[1] // tile)
-    cells: dict[Cell, Entry | None] = {}
-    for row in range(rows):
-        for column in range(columns):
-            if present is None or (row, column) in present:
-                item = encode_array(pixels[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile])
-                store.put_tile(item, bytes(16))
-                cells[row, column] = Entry(item.blob_id, bytes(16))
-    height = page.root_height(rows, columns)
-    root = update(store, NOTHING, height, cells)
-    channels = pixels.shape[2] if pixels.ndim == 3 else 0
-    return Frame(
-        "screen", "f", "array", pixels.shape[0], pixels.shape[1], channels, "uint8", tile, tile, 0, rule, root, height
-    )
-
-
-def image(height: int, width: int, seed: int, channels: int = 0) -> NDArray[np.uint8]:
-    shape = (height, width, channels) if channels else (height, width)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def check_levels(store: CountingStore, one: Frame, pixels: NDArray[np.uint8], present: set[Cell] | None = None) -> None:
-    """Every tile of every level against the whole image halved again and again."""
-    memo, tile = DictMemo(), one.tile_height
-    there = {(r, c) for r in range(one.rows) for c in range(one.columns)} if present is None else present
-    whole = pixels.copy()
-    if present is not None:
-        for row in range(one.rows):
-            for column in range(one.columns):
-                if (row, column) not in present:
-                    whole[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile] = 0
-    apex = levels.apex_level(one)
-    assert (1 << apex) >= max(one.rows, one.columns) > (1 << apex) // 2
-    for level in range(1, apex + 1):
-        whole = halve(whole, one.level_rule)
-        there = {(r // 2, c // 2) for r, c in there}
-        for row in range(-(-whole.shape[0] // tile)):
-            for column in range(-(-whole.shape[1] // tile)):
-                blob = levels.tile(store, memo, one, level, row, column)
-                if (row, column) not in there:
-                    assert blob is None
-                    continue
-                assert blob is not None, (level, row, column)
-                wanted = whole[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
-                found = store.read_tile(blob)
-                assert not isinstance(found, bytes)
-                np.testing.assert_array_equal(found, wanted, err_msg=f"level {level} ({column},{row})")
-
-
-RAGGED = st.integers(1, 45) | st.sampled_from([4, 8, 16, 31, 32, 33, 64, 65])
-
-
-@given(RAGGED, RAGGED, st.sampled_from([0, 3]), st.sampled_from(["mean", "max", "min", "first"]), st.integers(0, 99))
-@settings(max_examples=60)
-def test_levels_equal_the_whole_image_halved(height: int, width: int, channels: int, rule: str, seed: int) -> None:
-    store, pixels = CountingStore(), image(height, width, seed, channels)
-    check_levels(store, put_image(store, pixels, rule=rule), pixels)
-
-
-@pytest.mark.parametrize(("height", "width"), [(3, 37), (70, 33), (131, 5), (40, 140)])
-def test_levels_of_frames_wider_than_a_page(height: int, width: int) -> None:
-    """More than 8 tiles a side: inner pages with companions of their own."""
-    store, pixels = CountingStore(), image(height, width, 3)
-    check_levels(store, put_image(store, pixels), pixels)
-
-
-def test_levels_three_pages_deep() -> None:
-    store, pixels = CountingStore(), image(5, 2 * 65 + 1, 3)
-    one = put_image(store, pixels, tile=2)
-    assert one.root_height == 2
-    check_levels(store, one, pixels)
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 2**16))
-@settings(max_examples=40)
-def test_absent_cells_count_as_zeros_and_absent_regions_have_no_levels(height: int, width: int, seed: int) -> None:
-    store, pixels = CountingStore(), image(height, width, seed)
-    rng = np.random.default_rng(seed)
-    rows, columns = -(-height // TILE), -(-width // TILE)
-    present = {(int(rng.integers(rows)), int(rng.integers(columns))) for _ in range(rng.integers(1, 6))}
-    check_levels(store, put_image(store, pixels, present), pixels, present)
-
-
-def test_levels_are_a_pure_function_of_page_rule_and_extent() -> None:
-    pixels = image(50, 70, 1)
-    made = []
-    for _ in range(2):
-        store = CountingStore()
-        one = put_image(store, pixels)
-        made.append(levels.companion(store, DictMemo(), one, one.root, one.root_height, (50, 70)))
-    assert made[0] == made[1]
-    store = CountingStore()
-    other = put_image(store, pixels, rule="max")
-    assert levels.companion(store, DictMemo(), other, other.root, other.root_height, (50, 70)) != made[0]
-
-
-def test_a_page_that_did_not_change_is_not_halved_again() -> None:
-    store, memo = CountingStore(), DictMemo()
-    pixels = image(24 * TILE, 24 * TILE, 5)
-    one = put_image(store, pixels)
-    clip = (one.height, one.width)
-    levels.companion(store, memo, one, one.root, one.root_height, clip)
-    pixels[1, 1] ^= 255
-    other = put_image(store, pixels)
-    store.reset()
-    levels.companion(store, memo, other, other.root, other.root_height, clip)
-    # 9 pages of 64 cells: one of them, and the page above with its 9 apex tiles.
-    assert store.tiles_read == 64 + 9
-    assert store.tiles_put == (16 + 4 + 1) + (4 + 1 + 1)
-    store.reset()
-    levels.companion(store, memo, one, one.root, one.root_height, clip)
-    assert (store.tiles_read, store.tiles_put) == (0, 0)
-
-
-def test_a_forgotten_memo_changes_nothing_but_time() -> None:
-    store = CountingStore()
-    one = put_image(store, image(40, 40, 2))
-    clip = (one.height, one.width)
-    first = levels.companion(store, DictMemo(), one, one.root, one.root_height, clip)
-    assert levels.companion(store, DictMemo(), one, one.root, one.root_height, clip) == first
-
-
-def test_reading_one_derived_tile_of_a_large_frame_computes_one_page_only() -> None:
-    store, memo = CountingStore(), DictMemo()
-    one = put_image(store, image(64 * TILE, 64 * TILE, 7))
-    store.reset()
-    assert levels.tile(store, memo, one, 1, 9, 9) is not None
-    assert store.tiles_read <= 64
-
-
-@pytest.mark.parametrize("level", [0, -1, 4, 99])
-def test_a_level_that_is_not_there_is_said_to_be_missing(level: int) -> None:
-    store = CountingStore()
-    one = put_image(store, image(30, 30, 2))
-    with pytest.raises(NotFoundError):
-        levels.tile(store, DictMemo(), one, level, 0, 0)
-
-
-def test_cells_outside_a_level_are_absent() -> None:
-    store = CountingStore()
-    one = put_image(store, image(40, 40, 2))
-    assert levels.tile(store, DictMemo(), one, 1, 5, 0) is None
-    assert levels.tile(store, DictMemo(), one, 1, 0, 500) is None
-
-
-def test_levels_root_covers_every_frame_and_nothing_else() -> None:
-    store, memo = CountingStore(), DictMemo()
-    one = put_image(store, image(20, 20, 1))
-    two = msgspec.structs.replace(put_image(store, image(20, 20, 2)), name="g")
-    plain = msgspec.structs.replace(two, name="h", level_rule="none")
-    roots = set()
-    for frames in ([], [one], [two], [one, two], [plain]):
-        root = directory.update(store, directory.EMPTY, keyed(frames))
-        roots.add(levels.levels_root(store, memo, root))
-        assert levels.levels_root(CountingStoreOver(store), DictMemo(), root) in roots
-    assert len(roots) == 5
-
-
-class CountingStoreOver(CountingStore):
-    """A fresh store with the same blobs."""
-
-    def __init__(self, other: CountingStore) -> None:
-        super().__init__()
-        self.pages, self.tiles = dict(other.pages), dict(other.tiles)

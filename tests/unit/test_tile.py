@@ -2,7 +2,6 @@
 
 import threading
 
-import ml_dtypes
 import msgspec
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from him.errors import IntegrityError, LimitError, UsageError
 from him.tile import codec
 from him.tile.address import KIND_DIRECTORY, KIND_PAGE, KIND_TILE, blob_id, tile_id
 from him.tile.codec import DTYPES, RAW, SHUFFLE_ZSTD, ZSTD, TileHeader, decode, encode_array, encode_bytes
-from him.tile.downsample import RULES, halve, mean_oracle
 from him.types import BlobId, TileKey
 
 Array = NDArray[np.generic]
@@ -445,90 +443,3 @@ def test_a_decompression_bomb_is_refused_before_it_is_unpacked() -> None:
     header = msgspec.msgpack.encode(TileHeader("uint8", (2, 2)))
     with pytest.raises(IntegrityError):
         decode(header, ZSTD, bomb)
-
-
-# -- level rules
-
-LEVELLED = st.sampled_from([name for name in DTYPES if name not in ("complex64", "complex128")])
-
-
-def brute(values: Array, rule: str) -> Array:
-    """Each result from the samples that exist, one by one, in exact integers or float64."""
-    height, width = values.shape[:2]
-    out = np.zeros((-(-height // 2), -(-width // 2), *values.shape[2:]), dtype=values.dtype)
-    for index in np.ndindex(*out.shape):
-        y, x, rest = index[0] * 2, index[1] * 2, index[2:]
-        cells = [values[(j, i, *rest)] for j in range(y, min(y + 2, height)) for i in range(x, min(x + 2, width))]
-        if rule == "first":
-            out[index] = cells[0]
-        elif rule in ("max", "min"):
-            out[index] = (max if rule == "max" else min)(cells)
-        else:
-            total = sum(int(cell) for cell in cells)
-            out[index] = (2 * total + len(cells)) // (2 * len(cells))
-    return out
-
-
-INTEGERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
-
-
-@given(st.sampled_from(INTEGERS), st.sampled_from(list(RULES)), st.data())
-def test_integer_levels_equal_the_definition(name: str, rule: str, data: st.DataObject) -> None:
-    shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=3, max_side=7))
-    values = data.draw(hnp.arrays(name, shape))
-    found = halve(values, rule)
-    assert found.dtype == values.dtype
-    np.testing.assert_array_equal(found, brute(values, rule))
-
-
-@pytest.mark.parametrize("name", INTEGERS)
-def test_extreme_integers_do_not_overflow(name: str) -> None:
-    info = np.iinfo(name)
-    some = np.array([info.max, info.max - 1, info.min, info.min + 1, 0, 1, 2, 3], dtype=name)
-    values = np.random.default_rng(5).choice(some, (31, 33))
-    np.testing.assert_array_equal(halve(values, "mean"), brute(values, "mean"))
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(1, 70), st.sampled_from([0, 1, 2, 3, 4, 5]))
-@example(0, 1, 1, 3)
-@example(1, 511, 513, 3)
-@example(2, 1, 640, 1)
-@example(3, 640, 1, 4)
-def test_the_fast_mean_equals_the_oracle_bit_for_bit(seed: int, height: int, width: int, channels: int) -> None:
-    shape = (height, width, channels) if channels else (height, width)
-    rng = np.random.default_rng(seed)
-    values = rng.integers(0, 256, shape, dtype=np.uint8)
-    if seed % 2:
-        values = np.where(rng.random(shape) < 0.5, 255, values).astype(np.uint8)
-    np.testing.assert_array_equal(halve(values, "mean"), mean_oracle(values))
-
-
-def test_the_fast_mean_rounds_every_sum_half_up() -> None:
-    """All 1,021 sums of four bytes, in every way cv2 may vectorise."""
-    sums = np.arange(1021)
-    quads = np.stack([np.clip(sums - 255 * i, 0, 255) for i in range(4)]).astype(np.uint8)
-    for channels in (1, 3, 4):
-        values = np.zeros((2, 2 * len(sums), channels), dtype=np.uint8)
-        for i in range(4):
-            values[i // 2, i % 2 :: 2] = quads[i][:, None]
-        np.testing.assert_array_equal(halve(values, "mean")[0], np.repeat((sums + 2 >> 2)[:, None], channels, 1))
-
-
-@given(LEVELLED, st.sampled_from(list(RULES)), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**16))
-def test_every_dtype_has_levels_of_its_own_dtype(name: str, rule: str, height: int, width: int, seed: int) -> None:
-    values = np.random.default_rng(seed).integers(0, 3, (height, width)).astype(DTYPES[name])
-    found = halve(values, rule)
-    assert found.shape == (-(-height // 2), -(-width // 2))
-    assert found.dtype == values.dtype
-
-
-def test_float_means_are_averaged_wide() -> None:
-    values = np.array([[60000, 60000], [60000, 60000]], dtype=np.float16)
-    assert halve(values, "mean")[0, 0] == np.float16(60000)
-    low = np.array([[1, 1], [1, 2]], dtype=ml_dtypes.bfloat16)
-    assert halve(low, "mean")[0, 0] == ml_dtypes.bfloat16(1.25)
-
-
-def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(UsageError):
-        halve(np.zeros((2, 2)), "median")
