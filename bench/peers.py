@@ -9,6 +9,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -63,14 +64,17 @@ def span(number: int) -> slice:
 
 
 def sync_all(folder: Path) -> None:
-    """Fsync every file and folder below: what makes stores durable that do not do it themselves."""
-    for root, _, files in os.walk(folder):
-        for name in (*files, "."):
-            descriptor = os.open(Path(root) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    """Fsync every file and folder below, eight at once: what makes stores durable that do not do it themselves."""
+
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(sync, [folder, *folder.rglob("*")]))
 
 
 class Zarr:

@@ -328,6 +328,12 @@ def test_int8_error_of_a_tall_tile_is_at_most_half_a_step_of_its_column(
     assert (error <= np.abs(wide).max(axis=0) / 254 * 1.0001 + own).all()
 
 
+@pytest.mark.parametrize(("rows", "scales"), [(63, 3), (64, 6)])
+def test_int8_has_a_scale_a_column_from_64_rows_on(rows: int, scales: int) -> None:
+    tile = encode_array(np.ones((rows, 2, 3), dtype=np.float32), quantise="int8")
+    assert len(msgspec.msgpack.decode(tile.header, type=TileHeader).scales) == 4 * scales
+
+
 def test_scales_never_outgrow_a_records_header() -> None:
     wide = np.ones((64, 600, 600), dtype=np.float32)
     by_channel = encode_array(wide, quantise="int8")
@@ -429,6 +435,14 @@ def test_altered_bytes_are_refused(array: Array, data: st.DataObject) -> None:
         TileHeader("int8", (2, 2), "float32", "int8", bytes(12)),
         TileHeader("int8", (2, 1, 2), "float32", "int8", bytes(4)),
         TileHeader("int8", (1, 2, 2), "float32", "int8", bytes(13)),
+        TileHeader("int8", (1, 2, 2), "float32", "int8", bytes(9)),
+        TileHeader("float16", (2,), "", "fp16"),
+        TileHeader("float16", (2,), "bytes", "fp16"),
+        TileHeader("float16", (2,), "complex64", "fp16"),
+        TileHeader("uint8", (4,), "float32", "int8", bytes(4)),
+        TileHeader("uint8", (4,), "float32", "int3", bytes(4)),
+        TileHeader("uint32", (), "float32", "int8", bytes(4)),
+        TileHeader("bytes", (4,), "float32", "int8", bytes(4)),
     ],
 )
 def test_impossible_headers_are_integrity_errors(head: TileHeader) -> None:
