@@ -1,8 +1,8 @@
 """Durable commits of 96 screen tiles and of 16 KV tiles (16 MiB each), against other stores made durable.
 
 Each round writes the same new tiles into a new, empty store by one call; making the store is not counted, being durable
-is. The limit is what HIM's promises need at least, on one thread: compressing (screens), one digest a tile, one write, one
-fdatasync; the kernel is told to begin writing after each tile (sync_file_range), so that the disk works meanwhile.
+is. The limit is what HIM's promises need at least, on one thread: compressing (screens), one digest a tile, one write,
+one fdatasync; the kernel is told to begin writing after each tile (sync_file_range), so that the disk works meanwhile.
 """
 
 import ctypes
