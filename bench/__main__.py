@@ -6,7 +6,10 @@ import sys
 
 from bench.measure import show
 
-NAMES = ("goals", "latency", "change", "codecs", "read_screen", "read_kv", "ingest", "lookup", "delta")
+NAMES = (
+    *("goals", "latency", "change", "codecs", "read_screen", "read_kv", "ingest", "lookup", "delta"),
+    *("pyramid", "large"),
+)
 
 
 def main() -> int:

@@ -22,7 +22,9 @@ import him
 from him import doctor
 from him.adapters.local import LocalDisk, SystemClock, SystemRng
 from him.adapters.minilm import MiniLmEncoder
+from him.adapters.npy import NpyFile
 from him.adapters.pillow import PillowDecoder
+from him.adapters.png import PngFile, is_large_png
 from him.adapters.rapidocr import RapidTextReader
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
 from him.catalog.fsck import Fsck, FsckReport, fault_of
@@ -34,6 +36,7 @@ from him.config import (
     FOLDER_PICTURES_MAX,
     FORMAT_VERSION,
     IMAGE_FILE_BYTES_MAX,
+    IMAGE_PIXELS_MAX,
     TREE_BYTES_MAX,
 )
 from him.errors import (
@@ -74,6 +77,7 @@ from him.types import (
 Array = NDArray[np.generic]
 MARKER: Final = "him.json"
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_NOT_READ: Final = "too large to be read for what it shows: stored with its levels, found by no query"
 _DECISION_ROOMS: Final = ("query", "index")
 _SAMPLES_KEPT: Final = 64
 _SAMPLES_NEEDED: Final = 20
@@ -314,11 +318,24 @@ class Repository:
         progress: Progress | None,
     ) -> IngestReport:
         if file.suffix.lower() == ".npy":
-            return self._ingest.array(snapshot, stream or "kv_cache", frame, _read_array(file), progress=progress)
+            with contextlib.closing(NpyFile(file)) as source:
+                return self._ingest.array(snapshot, stream or "kv_cache", frame, source, progress=progress)
         if stream not in (None, "screen"):
             raise UsageError(f"a picture goes into the stream screen, not {stream!r}")
+        if is_large_png(file):
+            return self._ingest_large(file, snapshot, frame, tree, progress)
         pixels = self._decoder.decode(read_limited(file, IMAGE_FILE_BYTES_MAX), str(file))
         return self._ingest.picture(snapshot, frame, pixels, tree=tree, progress=progress)
+
+    def _ingest_large(
+        self, file: Path, snapshot: str, frame: str, tree: Sequence[TreeNode] | None, progress: Progress | None
+    ) -> IngestReport:
+        """A picture larger than what is read for what it shows: its pixels and levels are stored, band by band."""
+        if tree is not None:
+            raise UsageError(f"a tree belongs to a picture of at most {IMAGE_PIXELS_MAX} pixels", object=str(file))
+        with contextlib.closing(PngFile(file)) as source:
+            source.check()
+            return self._ingest.array(snapshot, "screen", frame, source, progress=progress, note=_NOT_READ)
 
     # -- queries
 
@@ -564,13 +581,6 @@ def _folder(root: Path) -> list[tuple[str, Path]]:
             )
         named[name] = file
     return sorted(named.items())
-
-
-def _read_array(file: Path) -> Array:
-    try:
-        return np.lib.format.open_memmap(file, mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"not a .npy array ({error})", object=str(file), fix="write it with numpy.save") from error
 
 
 def _plain(operation: msgspec.Struct) -> dict[str, object]:

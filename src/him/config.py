@@ -70,8 +70,15 @@ CLIENT_DELTA_BYTES_MAX: Final = 80 * 1024 * 1024
 # Limits on what comes from outside
 TILE_BYTES_MAX: Final = 256 * 1024 * 1024
 IMAGE_PIXELS_MAX: Final = 160 * 1024 * 1024
-"""Below what Pillow itself refuses (179 million)."""
+"""Of a picture that is read for what it shows, in memory; below what Pillow itself refuses (179 million)."""
 IMAGE_FILE_BYTES_MAX: Final = 512 * 1024 * 1024
+IMAGE_SIDE_MAX: Final = 64 * 1024
+"""Rows or columns of a picture that is stored band by band."""
+IMAGE_BAND_BYTES: Final = 32 * 1024 * 1024
+"""Pixels decoded at once of such a picture, at four bytes each."""
+IMAGE_META_BYTES_MAX: Final = 16 * 1024 * 1024
+ARRAY_PART_BYTES: Final = 32 * 1024 * 1024
+"""Of an array that is stored part by part: what is read at once (but at least one tile)."""
 META_BYTES_MAX: Final = 1024 * 1024
 LOG_RECORD_BYTES_MAX: Final = 64 * 1024 * 1024
 TREE_NODES_MAX: Final = 50_000

@@ -4,6 +4,7 @@ picture ─ tiles (512²) ─ blobs in a pack ─┐
     └─ see ─ scene ─ vectors ─ blobs ─────┴─ one commit: screen + scene + emb become visible together
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -15,15 +16,17 @@ from numpy.typing import NDArray
 from him.catalog.changes import FrameChange
 from him.catalog.history import History
 from him.catalog.reader import SnapshotReader, bytes_of, kv_plane
-from him.config import FRAME_CELLS_MAX, ROWS_PER_APPEND_MAX, STREAMS, TILE_BYTES_MAX
+from him.config import ARRAY_PART_BYTES, FRAME_CELLS_MAX, ROWS_PER_APPEND_MAX, STREAMS, TILE_BYTES_MAX
 from him.errors import ConflictError, LimitError, NotFoundError, UsageError
 from him.index import row_texts
 from him.perception import pins, see
-from him.ports import Clock, Memo, TextEncoder, TextReader
+from him.ports import ArraySource, Clock, Memo, TextEncoder, TextReader
 from him.pyramid import directory, update
 from him.tier.warm import WarmStore
 from him.tile import codec, delta
 from him.tile.delta import ClientDelta
+from him.tile.downsample import check as check_rule
+from him.tile.downsample import tail_at
 from him.types import (
     BlobId,
     Frame,
@@ -60,10 +63,12 @@ class IngestReport(msgspec.Struct, frozen=True):
     """Tiles whose text was looked for anew (the others were remembered)."""
     lines_read: int = 0
     """Lines whose text was recognised anew."""
+    note: str = ""
+    """What the user should know beside."""
 
     def as_json(self) -> dict[str, object]:
         """The object documented in docs/CLI_JSON.md."""
-        return {
+        shown: dict[str, object] = {
             "snapshot_id": self.snapshot_id,
             "stream": self.stream,
             "frame": self.frame,
@@ -73,6 +78,7 @@ class IngestReport(msgspec.Struct, frozen=True):
             "elements": self.elements,
             "ms": round(self.ms, 2),
         }
+        return shown | {"note": self.note} if self.note else shown
 
 
 class _Put(NamedTuple):
@@ -80,6 +86,71 @@ class _Put(NamedTuple):
 
     cells: dict[tuple[int, int], BlobId]
     written: int
+
+
+class Plane:
+    """An array of 1 to 3 dimensions, or a KV tensor, laid out as rows and columns of tiles; held or read in parts.
+
+    Raises:
+        UsageError: a shape that does not fit.
+    """
+
+    def __init__(self, source: Array | ArraySource) -> None:
+        self._source = source
+        self.dtype = source.dtype
+        self.attributes: tuple[tuple[str, str], ...] = ()
+        given = source.shape
+        if not (1 <= len(given) <= 3 or len(given) == 5) or 0 in given:
+            raise UsageError(
+                f"an array of shape {given} does not fit into tiles",
+                fix="give 1 to 3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim)",
+            )
+        self.shape: tuple[int, ...] = (1, *given) if len(given) == 1 else given
+        if len(given) == 5:
+            layers, two, heads, tokens, dim = given
+            self.shape = (tokens, heads * dim, layers * two)
+            self.attributes = (("kv_shape", ",".join(str(n) for n in given)),)
+
+    def count(self, high: int, wide: int) -> int:
+        """Tiles of a size that it takes."""
+        return -(-self.shape[0] // high) * -(-self.shape[1] // wide)
+
+    def tiles(self, high: int, wide: int) -> Iterator[list[tuple[tuple[int, int], Array | tuple[int, ...]]]]:
+        """Runs of tiles, row by row, as ((row, column), values); the shape alone where all values are zero.
+
+        A run has about ARRAY_PART_BYTES, or one tile if that has more.
+        """
+        size = high * wide * math.prod(self.shape[2:]) * self.dtype.itemsize
+        columns = -(-self.shape[1] // wide)
+        step = columns if len(self._source.shape) == 5 else max(1, ARRAY_PART_BYTES // size)
+        for row in range(-(-self.shape[0] // high)):
+            for first in range(0, columns, step):
+                top, left = row * high, first * wide
+                low, right = min(top + high, self.shape[0]), min(left + step * wide, self.shape[1])
+                values = self._read(top, low, left, right)
+                batch: list[tuple[tuple[int, int], Array | tuple[int, ...]]] = []
+                for at in range(0, right - left, wide):
+                    width = min(wide, right - left - at)
+                    part = (low - top, width, *self.shape[2:]) if values is None else values[:, at : at + width]
+                    batch.append(((row, first + at // wide), part))
+                yield batch
+
+    def _read(self, top: int, low: int, left: int, right: int) -> Array | None:
+        """Values of some rows and columns; of a KV tensor the columns are all."""
+        if len(self._source.shape) == 5:
+            layers, two, heads, _, dim = self._source.shape
+            tensor = self._part((0, 0, 0, top, 0), (layers, two, heads, low, dim))
+            return None if tensor is None else kv_plane(tensor)
+        if len(self._source.shape) == 1:
+            row = self._part((left,), (right,))
+            return None if row is None else row[np.newaxis, :]
+        behind = self.shape[2:]
+        return self._part((top, left, *(0 for _ in behind)), (low, right, *behind))
+
+    def _part(self, begin: tuple[int, ...], end: tuple[int, ...]) -> Array | None:
+        if isinstance(self._source, np.ndarray):
+            return self._source[tuple(slice(a, b) for a, b in zip(begin, end, strict=True))]
+        return self._source.part(begin, end)
 
 
 class Ingest:
@@ -131,7 +202,9 @@ class Ingest:
         )
         changes = [
             FrameChange(
-                _frame(STREAMS["screen"], frame, pixels), {at: tile.blob_id for at, tile in tiles.items()}, replace=True
+                _frame(STREAMS["screen"], frame, pixels.shape, pixels.dtype),
+                {at: tile.blob_id for at, tile in tiles.items()},
+                replace=True,
             ),
             *self._scene_changes(opened, frame, scene),
         ]
@@ -143,31 +216,42 @@ class Ingest:
         )  # fmt: skip
 
     def array(
-        self, target: str, stream: str, frame: str, values: Array, *, progress: Progress | None = None
+        self,
+        target: str,
+        stream: str,
+        frame: str,
+        values: Array | ArraySource,
+        *,
+        progress: Progress | None = None,
+        note: str = "",
     ) -> IngestReport:
-        """Store an array of 1–3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim), as a frame's tiles."""
+        """Store an array of 1–3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim), as a frame's tiles.
+
+        It is read part by part, tiles in rows, and nothing of it is kept in memory; nothing is visible before the
+        end. A screen stored so is not read for what it shows, and loses the scene it had.
+
+        Args:
+            note: what the report shall say.
+        """
         began = self._clock.monotonic_ns()
         frame = checked_name(frame, what="frame")
         spec = self._array_stream(stream)
-        attributes: tuple[tuple[str, str], ...] = ()
-        if values.ndim == 5:
-            attributes = (("kv_shape", ",".join(str(n) for n in values.shape)),)
-            values = kv_plane(values)
-        if not 1 <= values.ndim <= 3 or 0 in values.shape:
-            raise UsageError(
-                f"an array of shape {values.shape} does not fit into tiles",
-                fix="give 1 to 3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim)",
-            )
-        values = values[np.newaxis, :] if values.ndim == 1 else values
+        plane = Plane(values)
         # Before the branch may be created: what is refused leaves nothing.
-        shape = msgspec.structs.replace(_frame(spec, frame, values), attributes=attributes)
+        shape = msgspec.structs.replace(_frame(spec, frame, plane.shape, plane.dtype), attributes=plane.attributes)
         snapshot = self._history.writable(target)
-        origin, epoch, before = snapshot_bytes(snapshot.snapshot_id), self._store.epoch, self._store.written_bytes
-        put = self._put_tiles(values, spec, origin, progress)
-        after = self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put.cells, replace=True)], epoch=epoch)
+        epoch, before = self._store.epoch, self._store.written_bytes
+        put = self._put_tiles(snapshot, frame, plane, spec, progress)
+        changes = [FrameChange(shape, put.cells, replace=True)]
+        if stream == "screen":
+            changes += [
+                FrameChange(_cell_frame(STREAMS[seen], frame, 0, 0, (1, 1), "bytes"), {}, replace=True)
+                for seen in ("scene", "emb")
+            ]
+        after = self._history.commit(snapshot.snapshot_id, changes, epoch=epoch)
         return IngestReport(
             after.snapshot_id, stream, frame, put.written, len(put.cells) - put.written,
-            self._store.written_bytes - before, 0, (self._clock.monotonic_ns() - began) / 1e6,
+            self._store.written_bytes - before, 0, (self._clock.monotonic_ns() - began) / 1e6, note=note,
         )  # fmt: skip
 
     def tiles(
@@ -184,7 +268,7 @@ class Ingest:
         put = {cell: tiles[cell].blob_id if cell in tiles else None for cell in sorted(cells)}
         shape: Frame | None = None
         for (row, column), value in given.items():
-            shape = _grown(shape, _cell_frame(spec, frame, row, column, value))
+            shape = _grown(shape, _cell_frame(spec, frame, row, column, *_shape_of(value)))
         if shape is None:
             shape = self._existing(self._history.snapshot(target), stream, frame)
         # Only now may the branch be created: what is refused leaves nothing.
@@ -215,7 +299,7 @@ class Ingest:
             _check_tile(spec, value)
         opened = self._history.writable(target)
         epoch, cells = self._store.epoch, {cell: tile}
-        shape = _cell_frame(spec, frame, *cell, value)
+        shape = _cell_frame(spec, frame, *cell, *_shape_of(value))
         replaced = self._replaced(opened, stream, frame, cells)
         self._store.put_tiles([tile], snapshot_bytes(opened.snapshot_id), replaced)
         return self._history.commit(opened.snapshot_id, [FrameChange(shape, {cell: tile.blob_id})], epoch=epoch)
@@ -246,7 +330,7 @@ class Ingest:
         epoch = self._store.epoch
         encoded = codec.encode_bytes(b"\n".join(lines) + b"\n")
         self._store.put_tile(encoded, snapshot_bytes(snapshot.snapshot_id))
-        shape = msgspec.structs.replace(_cell_frame(spec, frame, 0, 0, b""), height=0)
+        shape = _cell_frame(spec, frame, 0, 0, (0, 1), "bytes")
         change = FrameChange(shape, {}, append=(encoded.blob_id,))
         return self._history.commit(snapshot.snapshot_id, [change], epoch=epoch), frame
 
@@ -306,24 +390,46 @@ class Ingest:
     def _scene_changes(self, opened: Snapshot, frame: str, scene: Scene) -> Iterator[FrameChange]:
         origin, document = snapshot_bytes(opened.snapshot_id), codec.encode_bytes(bytes_of(scene))
         self._store.put_tiles([document], origin, self._replaced(opened, "scene", frame, {(0, 0): document}))
-        yield FrameChange(_cell_frame(STREAMS["scene"], frame, 0, 0, b""), {(0, 0): document.blob_id}, replace=True)
+        yield FrameChange(
+            _cell_frame(STREAMS["scene"], frame, 0, 0, (1, 1), "bytes"), {(0, 0): document.blob_id}, replace=True
+        )
         vectors = self._vectors(row_texts(scene)) if scene.nodes else np.zeros((1, 1), dtype=np.int8)
-        put = self._put_tiles(vectors, STREAMS["emb"], origin) if scene.nodes else _Put({}, 0)
+        put = self._put_tiles(opened, frame, Plane(vectors), STREAMS["emb"]) if scene.nodes else _Put({}, 0)
         shape = msgspec.structs.replace(
-            _frame(STREAMS["emb"], frame, vectors), attributes=(("encoder", self._encoder.pin()),)
+            _frame(STREAMS["emb"], frame, vectors.shape, vectors.dtype),
+            attributes=(("encoder", self._encoder.pin()),),
         )
         yield FrameChange(shape, put.cells, replace=True)
 
-    def _put_tiles(self, values: Array, spec: StreamSpec, origin: bytes, progress: Progress | None = None) -> _Put:
+    def _put_tiles(
+        self, opened: Snapshot, frame: str, plane: Plane, spec: StreamSpec, progress: Progress | None = None
+    ) -> _Put:
+        """Put an array's tiles: read some, encode them on several threads, store them, forget them."""
         cells: dict[tuple[int, int], BlobId] = {}
         written = 0
-        total = -(-values.shape[0] // spec.tile_height) * -(-values.shape[1] // spec.tile_width)
-        for row, column, part in _parts(values, spec):
-            encoded = codec.encode_array(part, quantise=spec.quantise)
-            written += self._store.put_tile(encoded, origin)
-            cells[row, column] = encoded.blob_id
+        zeros: dict[tuple[int, ...], codec.EncodedTile] = {}
+
+        def encoded(part: Array) -> codec.EncodedTile:
+            whole = np.ascontiguousarray(part)
+            if not whole.view(np.uint8).any():
+                return empty(whole.shape)
+            return codec.encode_array(whole, quantise=spec.quantise)
+
+        def empty(shape: tuple[int, ...]) -> codec.EncodedTile:
+            # Of zeros there is one tile a shape, which is stored and named like any other.
+            if shape not in zeros:
+                zeros[shape] = codec.encode_array(np.zeros(shape, dtype=plane.dtype), quantise=spec.quantise)
+            return zeros[shape]
+
+        for batch in plane.tiles(spec.tile_height, spec.tile_width):
+            full = iter(self._store.spread(encoded, [part for _, part in batch if not isinstance(part, tuple)]))
+            tiles = [empty(part) if isinstance(part, tuple) else next(full) for _, part in batch]
+            placed = {cell: tile for (cell, _), tile in zip(batch, tiles, strict=True)}
+            replaced = self._replaced(opened, spec.name, frame, placed)
+            written += self._store.put_tiles(tiles, snapshot_bytes(opened.snapshot_id), replaced)
+            cells.update((cell, tile.blob_id) for cell, tile in placed.items())
             if progress is not None:
-                progress(len(cells), total, "store")
+                progress(len(cells), plane.count(spec.tile_height, spec.tile_width), "store")
         return _Put(cells, written)
 
     def _array_stream(self, name: str) -> StreamSpec:
@@ -355,41 +461,46 @@ def _parts(values: Array, spec: StreamSpec) -> Iterator[tuple[int, int, Array]]:
 
 
 def _check_tile(spec: StreamSpec, value: Array) -> None:
-    _check_dtype(spec, value)
     if value.ndim not in (2, 3) or value.shape[0] > spec.tile_height or value.shape[1] > spec.tile_width:
         raise UsageError(
             f"a tile of {spec.name!r} has at most {spec.tile_height}×{spec.tile_width} pixels; got {value.shape}"
         )
+    _check_values(spec, value.shape, value.dtype)
 
 
-def _check_dtype(spec: StreamSpec, values: Array) -> None:
-    if spec.dtype and values.dtype.name != spec.dtype:
+def _check_values(spec: StreamSpec, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> None:
+    """Whether a stream takes tiles of this shape, and levels can stand above them."""
+    if spec.dtype and dtype.name != spec.dtype:
         raise UsageError(
-            f"stream {spec.name!r} holds {spec.dtype}; got {values.dtype.name}", fix=f"convert it to {spec.dtype}"
+            f"stream {spec.name!r} holds {spec.dtype}; got {dtype.name}", fix=f"convert it to {spec.dtype}"
         )
+    tail = shape[2:]
+    if spec.level_rule != "none":
+        check_rule(spec.level_rule, dtype)
+        tail = tail_at(spec.level_rule, tail, first=True)
+    size = min(spec.tile_height, shape[0]) * min(spec.tile_width, shape[1]) * math.prod(tail) * dtype.itemsize
+    if size > TILE_BYTES_MAX:
+        raise LimitError(f"tiles of {size} bytes exceed {TILE_BYTES_MAX}", object=spec.name)
 
 
-def _frame(spec: StreamSpec, name: str, values: Array) -> Frame:
+def _frame(spec: StreamSpec, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Frame:
     """The frame that holds a whole array, which must fit its stream and the limits of a tile."""
-    channels = values.shape[2] if values.ndim == 3 else 0
-    high, wide = min(spec.tile_height, values.shape[0]), min(spec.tile_width, values.shape[1])
-    if high * wide * max(1, channels) * values.dtype.itemsize > TILE_BYTES_MAX:
-        raise LimitError(f"tiles of {high}×{wide}×{channels} {values.dtype.name} exceed {TILE_BYTES_MAX} bytes")
-    _check_dtype(spec, values)
-    return _cell_frame(spec, name, 0, 0, values)
+    _check_values(spec, shape, dtype)
+    return _cell_frame(spec, name, 0, 0, shape, codec.dtype_name(dtype))
 
 
-def _cell_frame(spec: StreamSpec, name: str, row: int, column: int, value: Array | bytes) -> Frame:
+def _cell_frame(spec: StreamSpec, name: str, row: int, column: int, shape: tuple[int, ...], dtype: str) -> Frame:
     """The frame as far as one cell shows it: its extent ends with that cell."""
-    if isinstance(value, bytes):
-        high, wide, channels, dtype = 1, 1, 0, "bytes"
-    else:
-        high, wide = value.shape[0], value.shape[1]
-        channels, dtype = (value.shape[2] if value.ndim == 3 else 0), codec.dtype_name(value.dtype)
+    channels = shape[2] if len(shape) == 3 else 0
     return Frame(
-        spec.name, name, spec.content, row * spec.tile_height + high, column * spec.tile_width + wide, channels, dtype,
-        spec.tile_height, spec.tile_width, spec.halo, spec.level_rule, b"", 0,
+        spec.name, name, spec.content, row * spec.tile_height + shape[0], column * spec.tile_width + shape[1],
+        channels, dtype, spec.tile_height, spec.tile_width, spec.halo, spec.level_rule, b"", 0,
     )  # fmt: skip
+
+
+def _shape_of(value: Array | bytes) -> tuple[tuple[int, ...], str]:
+    """Shape of a cell in pixels (a document is one) and the name of its dtype."""
+    return ((1, 1), "bytes") if isinstance(value, bytes) else (value.shape, codec.dtype_name(value.dtype))
 
 
 def _grown(known: Frame | None, cell: Frame) -> Frame:

@@ -193,6 +193,30 @@ class Memo(Protocol):
         ...
 
 
+class ArraySource(Protocol):
+    """An array that need not fit into memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its length on every axis."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[np.generic]:
+        """The type of its values."""
+        ...
+
+    def part(self, begin: Sequence[int], end: Sequence[int]) -> NDArray[np.generic] | None:
+        """Values [begin, end) on every axis; None where all bytes are known to be zero.
+
+        Rows are asked for from the first to the last; of the same rows several parts may be asked for.
+
+        Raises:
+            UsageError: the values cannot be read.
+        """
+        ...
+
+
 class PictureDecoder(Protocol):
     """Turns the bytes of an image file into pixels."""
 
@@ -242,6 +266,7 @@ class Recorder(Protocol):
 
 
 __all__ = [
+    "ArraySource",
     "Clock",
     "CommitLog",
     "Disk",

@@ -28,16 +28,23 @@ class PillowDecoder:
                 with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                     width, height = picture.size
                     if width * height > IMAGE_PIXELS_MAX:
-                        raise LimitError(f"{width}×{height} pixels; at most {IMAGE_PIXELS_MAX}", object=name)
+                        raise LimitError(
+                            f"{width}×{height} pixels; at most {IMAGE_PIXELS_MAX} are read for what they show",
+                            object=name, fix="ingest it as a PNG file or an .npy array: those are stored without that",
+                        )  # fmt: skip
                     picture.load()
-                    upright = ImageOps.exif_transpose(picture)
-                    if "A" in upright.getbands() or "transparency" in upright.info:
-                        white = Image.new("RGBA", upright.size, "white")
-                        upright = Image.alpha_composite(white, upright.convert("RGBA"))
-                    return np.array(upright.convert("RGB"), dtype=np.uint8)
+                    return rgb(ImageOps.exif_transpose(picture))
         except UnidentifiedImageError as error:
             raise UsageError("not a picture", object=name, fix=f"give a {', '.join(FORMATS)} file") from error
         except Image.DecompressionBombError as error:
             raise LimitError(f"the picture has too many pixels ({error})", object=name) from error
         except (OSError, SyntaxError, ValueError) as error:
             raise UsageError(f"the picture cannot be read ({error})", object=name, fix="save it again") from error
+
+
+def rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    """(h, w, 3) uint8 RGB; alpha is laid over white."""
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.array(picture.convert("RGB"), dtype=np.uint8)
