@@ -4,6 +4,8 @@ A "picture" here is white with rectangles of plain colour, and the colour is the
 """
 
 import hashlib
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -243,6 +245,19 @@ class Faults:
             raise PowerLoss
 
 
+class FaultsAt(Faults):
+    """Fails the first operation of a kind ("sync log/000001.log"; the path may be cut short)."""
+
+    def __init__(self, operation: str, mode: str = "late") -> None:
+        super().__init__(None, mode)
+        self._operation = operation
+
+    def run(self, kind: str, path: str, whole: Callable[[], None], part: Callable[[], None] | None = None) -> None:
+        if self.at is None and f"{kind} {path}".startswith(self._operation):
+            self.at = self.count + 1
+        super().run(kind, path, whole, part)
+
+
 class MemFileData:
     """A file's bytes as programs see them, and what has reached the medium.
 
@@ -457,6 +472,54 @@ class Stack:
                 cells = {key: _value(reader.tile(key)) for key in reader.keys(frame.stream, frame.name)}
                 seen[f"{one.snapshot_id} {frame}"] = (frame.height, frame.width, cells)
         return seen
+
+
+class Announcing(deque[object]):
+    """A deque that tells when something was appended."""
+
+    def __init__(self, told: threading.Semaphore) -> None:
+        super().__init__()
+        self._told = told
+
+    def append(self, item: object) -> None:
+        super().append(item)
+        self._told.release()
+
+
+def together(stack: Stack, writes: Sequence[Callable[[], object]]) -> list[BaseException | None]:
+    """Run each write in a thread of its own so that those that come so far are committed as one group; their errors.
+
+    They queue in the order given, whatever the machine does: the first to arrive waits before the log until the
+    others have queued, or failed before that. The first must put something new.
+    """
+    arrived, everyone = threading.Semaphore(0), threading.Event()
+    errors: list[BaseException | None] = [None] * len(writes)
+    commit, queue = stack.log.commit, stack.history._queue
+    queue._waiting = Announcing(arrived)
+
+    def gated(build: Callable[[], bytes | None]) -> int:
+        if len(queue):
+            everyone.wait()
+        return commit(build)
+
+    def run(number: int) -> None:
+        try:
+            writes[number]()
+        except BaseException as error:  # noqa: BLE001 - told to the caller
+            errors[number] = error
+        finally:
+            arrived.release()
+
+    stack.log.commit = gated
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(writes))]
+    for thread in threads:
+        thread.start()
+        arrived.acquire()
+    everyone.set()
+    for thread in threads:
+        thread.join()
+    del stack.log.commit
+    return errors
 
 
 def _value(found: Array | bytes) -> object:

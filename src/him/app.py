@@ -52,7 +52,7 @@ from him.errors import (
 from him.handle import Parts, SnapshotHandle, read_limited
 from him.ingest import Ingest, IngestReport, Progress
 from him.perception import parse_tree
-from him.ports import Clock, Recorder, Rng, TextEncoder, TextReader
+from him.ports import Clock, Disk, Recorder, Rng, TextEncoder, TextReader
 from him.query import Answer, QuerySource, answer, plan
 from him.query.calibrate import shipped
 from him.query.snapshot import RowCache, SnapshotSource
@@ -99,13 +99,14 @@ def open(
     rng: Rng | None = None,
     reader: TextReader | None = None,
     encoder: TextEncoder | None = None,
+    disk: Disk | None = None,
 ) -> "Repository":
     """Open a repository.
 
     Args:
         path: its folder.
         create: make it when the folder is missing or empty.
-        clock, rng, reader, encoder: other ports than the embedded ones.
+        clock, rng, reader, encoder, disk: other ports than the embedded ones; a disk must hold the same folder.
 
     Raises:
         NotFoundError: no repository there.
@@ -118,8 +119,8 @@ def open(
     if not (root / MARKER).is_file():
         if not create:
             raise NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
-        _create(root, clock, rng)
-    return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder())
+        _create(root, disk or LocalDisk(root), clock, rng)
+    return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder(), disk)
 
 
 def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
@@ -136,11 +137,10 @@ def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Prog
         return repository.fsck(rebuild=rebuild, progress=progress)
 
 
-def _create(root: Path, clock: Clock, rng: Rng) -> None:
+def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
     if root.exists() and (not root.is_dir() or not all(_left_by_creation(entry) for entry in root.iterdir())):
         raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    disk = LocalDisk(root)
     FileLog.create(disk)
     (root / PACK_FOLDER).mkdir(exist_ok=True, mode=0o700)
     marker = _Marker(FORMAT_VERSION, rng.token(16).hex(), clock.now_ns())
@@ -173,12 +173,14 @@ def _read_marker(root: Path) -> _Marker:
 class Repository:
     """A repository: snapshots to write and read, queries, replays, checks. Use as a context manager."""
 
-    def __init__(self, path: Path, clock: Clock, rng: Rng, reader: TextReader, encoder: TextEncoder) -> None:
+    def __init__(
+        self, path: Path, clock: Clock, rng: Rng, reader: TextReader, encoder: TextEncoder, disk: Disk | None = None
+    ) -> None:
         self.path = path
         self._repository_id = _read_marker(path).repository_id
         self.read_only = not os.access(path, os.W_OK)
         self._clock, self._rng, self._text_reader, self._encoder = clock, rng, reader, encoder
-        self._disk = LocalDisk(path, read_only=self.read_only)
+        self._disk: Disk = disk or LocalDisk(path, read_only=self.read_only)
         self._log = FileLog(self._disk, read_only=self.read_only)
         cache = None if self.read_only else path / "cache"
         self._projection = SqliteProjection(cache / "projection.sqlite" if cache else None)
@@ -469,7 +471,7 @@ class Repository:
     # -- inner
 
     @property
-    def _spools(self) -> tuple[LocalDisk, ...]:
+    def _spools(self) -> tuple[Disk, ...]:
         """Where traces go: the repository; where that refuses (read-only, full), the user's own state folder."""
         home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
         elsewhere = LocalDisk(Path(home) / "him" / self._repository_id)

@@ -24,6 +24,13 @@ PAYLOAD_ALIGN_BYTES: Final = 4096
 PAYLOAD_ALIGN_FROM_BYTES: Final = 64 * 1024
 PACK_TARGET_BYTES: Final = 64 * 1024 * 1024
 """A warm pack is finished once it is larger than this."""
+PACK_RANGES_MAX: Final = 1_000
+"""… or once it has this many ranges: an unfinished pack costs a read a range when the addresses are learned anew."""
+SYNC_AHEAD_BYTES: Final = 1024 * 1024
+"""From this much unsynced on, what was appended is made durable before the log's lock is taken."""
+CHECKPOINT_RECORDS: Final = 1_000
+"""A checkpoint is written each time the log has grown by so many records (design §6)."""
+CHECKPOINTS_KEPT: Final = 2
 RAW_BELOW_RATIO: Final = 1.25
 """A payload that compresses less than this is stored raw (design §6)."""
 COMPRESSION_SAMPLE_BYTES: Final = 256 * 1024
@@ -81,6 +88,7 @@ ARRAY_PART_BYTES: Final = 32 * 1024 * 1024
 """Of an array that is stored part by part: what is read at once (but at least one tile)."""
 META_BYTES_MAX: Final = 1024 * 1024
 LOG_RECORD_BYTES_MAX: Final = 64 * 1024 * 1024
+CHECKPOINT_BYTES_MAX: Final = 1024 * 1024 * 1024
 TREE_NODES_MAX: Final = 50_000
 TREE_BYTES_MAX: Final = 64 * 1024 * 1024
 GOAL_CHARS_MAX: Final = 1_000

@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from him.types import CommitRecord, PackFinished, PackRange, Snapshot, StreamSpec
+from him.types import CommitRecord, LiveState, PackFinished, PackRange, Snapshot, StreamSpec
 
 
 class Clock(Protocol):
@@ -132,20 +132,44 @@ class CommitLog(Protocol):
         """
         ...
 
+    def checkpoints(self) -> list[int]:
+        """Sequence numbers of the checkpoints kept, up to the head, newest first; nothing is verified."""
+        ...
+
+    def checkpoint(self, seq: int) -> tuple[bytes, bytes]:
+        """(hash of record `seq`, body) of a checkpoint.
+
+        Raises:
+            NotFoundError: none is kept there.
+            IntegrityError: it is damaged, or of another log. VersionError: written by newer software.
+        """
+        ...
+
+    def put_checkpoint(self, seq: int, body: bytes) -> None:
+        """Keep the state at record `seq`, atomically, and drop older ones but the newest few. Raises StorageError."""
+        ...
+
 
 class Projection(Protocol):
-    """A queryable copy of the log's meaning; can be deleted and rebuilt at any time."""
+    """A queryable copy of the log's live state; can be deleted and rebuilt at any time."""
 
     def position(self) -> tuple[int, bytes]:
         """Sequence number and hash of the last record applied."""
         ...
 
     def apply(self, records: Iterable[tuple[int, bytes, CommitRecord]]) -> None:
-        """Apply records in order, each once, in one transaction."""
+        """Apply records in order, each once; those at or below the position are passed over."""
         ...
 
-    def clear(self) -> None:
-        """Forget everything, to be rebuilt from the log."""
+    def restore(self, state: LiveState, *, expected: tuple[int, bytes] | None) -> bool:
+        """Replace everything by `state` in one transaction, if the position is `expected` still; whether it was.
+
+        None expects nothing: the caller holds the log's lock.
+        """
+        ...
+
+    def state(self) -> LiveState:
+        """Everything, as it stood at one moment."""
         ...
 
     def snapshot(self, snapshot_id: str) -> Snapshot | None:
@@ -164,12 +188,16 @@ class Projection(Protocol):
         """Streams declared beside the built-in ones."""
         ...
 
-    def ranges(self, since: int) -> list[tuple[int, PackRange]]:
-        """(seq, range) of every pack range committed after `since`, in order."""
+    def packs(self, first: int) -> list[str]:
+        """Names of the packs numbered from `first` on; a pack's number is its rank by first appearance in the log."""
         ...
 
-    def finished_packs(self) -> dict[str, PackFinished]:
-        """Packs that have their footer, by name."""
+    def pack_changes(self, since: int) -> list[tuple[int, PackRange | PackFinished]]:
+        """What brought rows after record `since`, in order of the records that brought them.
+
+        Each range of an unfinished pack; of a finished one that got a range after `since` its finish alone (at the
+        seq of its last range), for its footer has all rows.
+        """
         ...
 
     def lamport(self) -> int:

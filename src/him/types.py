@@ -245,6 +245,13 @@ class SnapshotOpened(msgspec.Struct, frozen=True, array_like=True, tag="snapshot
     merge_policy: str
     provenance: dict[str, str]
 
+    def snapshot(self) -> Snapshot:
+        """The snapshot as it stands when it was just opened."""
+        return Snapshot(
+            self.snapshot_id, self.parents, self.created_at, self.writer, self.directory,
+            provenance=self.provenance, merge_policy=self.merge_policy,
+        )  # fmt: skip
+
 
 class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     """A durable batch: `directory` replaces `before` as the open snapshot's directory."""
@@ -281,6 +288,13 @@ class Sealed(msgspec.Struct, frozen=True, array_like=True, tag="seal"):
     lamport: int
     key_id: bytes = b""
     signature: bytes = b""
+
+    def fields(self) -> dict[str, object]:
+        """What sealing sets in the snapshot."""
+        return {
+            "sealed": True, "directory": self.directory, "levels_root": self.levels_root,
+            "lamport": self.lamport, "signature": self.signature,
+        }  # fmt: skip
 
 
 class RefSet(msgspec.Struct, frozen=True, array_like=True, tag="ref"):
@@ -331,6 +345,35 @@ class CommitRecord(msgspec.Struct, frozen=True, array_like=True):
     time_ns: int
     writer: str
     operations: tuple[Operation, ...]
+
+
+class PackState(msgspec.Struct, frozen=True, array_like=True):
+    """What the log says of a pack.
+
+    `seq` is the record that last added to it; `ranges` are [seq, range] in order while it grows. Once it is finished
+    its footer lists what they held, and they are dropped.
+    """
+
+    name: str
+    seq: int
+    ranges: tuple[tuple[int, PackRange], ...] = ()
+    finished: PackFinished | None = None
+
+
+class LiveState(msgspec.Struct, frozen=True, array_like=True):
+    """All that the log's records up to `seq` leave standing; the body of a checkpoint.
+
+    `snapshots` are [seq of the record that opened it, snapshot with its tags], oldest first; `refs` [name, kind,
+    snapshot id] and `streams` by name; `packs` in the order of their first appearance, which numbers them.
+    """
+
+    seq: int = 0
+    hash: bytes = bytes(32)
+    lamport: int = 0
+    snapshots: tuple[tuple[int, Snapshot], ...] = ()
+    refs: tuple[tuple[str, str, str], ...] = ()
+    streams: tuple[StreamSpec, ...] = ()
+    packs: tuple[PackState, ...] = ()
 
 
 class TileMeta(msgspec.Struct, frozen=True):

@@ -7,26 +7,52 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from blake3 import blake3
-from fakes import DictMemo, FakeClock, FakeEncoder, FakeReader, FakeRng, MemDisk, Stack, chunks, new_disk
+from fakes import (
+    Announcing,
+    DictMemo,
+    FakeClock,
+    FakeEncoder,
+    FakeReader,
+    FakeRng,
+    FaultsAt,
+    MemDisk,
+    Stack,
+    chunks,
+    new_disk,
+    together,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import him
 from him.adapters.local import LocalDisk
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
+from him.catalog import changes as changing
 from him.catalog import log as commit_log
 from him.catalog.changes import FrameChange
+from him.catalog.group import Queue, Request
 from him.catalog.log import END_PATH, LOG_PATH, FileLog
 from him.catalog.reader import SnapshotReader
-from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, SealedError, UsageError, VersionError
+from him.errors import (
+    BusyError,
+    ConflictError,
+    HimError,
+    IntegrityError,
+    NotFoundError,
+    SealedError,
+    StorageError,
+    UsageError,
+    VersionError,
+)
 from him.pyramid import diff, directory, update
 from him.tile.codec import encode_bytes
-from him.types import Frame, StreamSpec, TileKey, snapshot_bytes
+from him.types import Batch, Frame, LiveState, SnapshotId, StreamSpec, TileKey, snapshot_bytes
 
 ROOT = Path(__file__).parents[2]
 GRID = StreamSpec("grid", tile_height=8, tile_width=8, dtype="uint8", level_rule="mean")
@@ -338,12 +364,218 @@ def test_a_child_outlives_its_dropped_parent(stack: Stack) -> None:
     assert stack.fsck().ok
 
 
+# -- batches committed together
+
+
+def tile_write(stack: Stack, name: str, row: int, seed: int, branch: str = "main") -> Callable[[], object]:
+    return lambda: stack.ingest.tiles(branch, "grid", name, {(row, 0): array(seed)})
+
+
+def batches(stack: Stack) -> list[list[Batch]]:
+    """The batches of each record that has any."""
+    found = [[one for one in record.operations if isinstance(one, Batch)] for _, _, record in stack.history.records()]
+    return [record for record in found if record]
+
+
+def cell(stack: Stack, branch: str, name: str, row: int) -> bytes:
+    found = stack.at(branch).tile(TileKey("grid", name, 0, row, 0))
+    assert isinstance(found, np.ndarray)
+    return found.tobytes()
+
+
+@pytest.fixture
+def begun(stack: Stack) -> Stack:
+    for branch in ("main", "dev"):
+        stack.ingest.tiles(branch, "grid", "f", {(0, 0): array(1)})
+    return stack
+
+
+def test_batches_of_one_moment_share_a_record_and_see_each_other(begun: Stack) -> None:
+    seq, syncs = begun.log.head()[0], begun.disk.faults.kinds.count(f"sync {LOG_PATH}")
+    assert (
+        together(begun, [tile_write(begun, "f", row, row, "main" if row % 3 else "dev") for row in range(1, 9)])
+        == [None] * 8
+    )
+    assert begun.log.head()[0] == seq + 1
+    assert begun.disk.faults.kinds.count(f"sync {LOG_PATH}") == syncs + 1
+    last = batches(begun)[-1]
+    assert len(last) == 8
+    for target in {one.snapshot_id for one in last}:
+        chain = [one for one in last if one.snapshot_id == target]
+        assert [one.directory for one in chain[:-1]] == [one.before for one in chain[1:]]
+        assert chain[-1].directory == begun.history.snapshot(target).directory
+    assert [cell(begun, "main" if row % 3 else "dev", "f", row) for row in range(1, 9)] == [
+        array(row).tobytes() for row in range(1, 9)
+    ]
+    assert begun.fsck().ok
+
+
+def test_a_group_gives_the_directory_that_its_batches_give_alone() -> None:
+    def run(grouped: bool) -> bytes:
+        stack = Stack(new_disk())
+        stack.history.declare_stream(GRID)
+        stack.ingest.tiles("main", "grid", "f", {(0, 0): array(1)})
+        writes = [tile_write(stack, f"f{n % 3}", n, n) for n in range(9)]
+        writes.append(lambda: stack.ingest.tiles("main", "grid", "f", {(0, 0): None}))
+        if grouped:
+            assert together(stack, writes) == [None] * 10
+        else:
+            for write in writes:
+                write()
+        assert len(batches(stack)) == (2 if grouped else 11)
+        return stack.history.snapshot("main").directory
+
+    assert run(True) == run(False)
+
+
+@given(st.permutations(range(5)))
+@settings(max_examples=10)
+def test_of_two_batches_in_a_group_the_one_that_queued_later_counts(order: list[int]) -> None:
+    stack = Stack(new_disk())
+    stack.history.declare_stream(GRID)
+    stack.ingest.tiles("main", "grid", "f", {(0, 0): array(99)})
+    together(stack, [tile_write(stack, "f", 0, seed) for seed in order])
+    assert cell(stack, "main", "f", 0) == array(order[-1]).tobytes()
+
+
+def test_each_batch_returns_the_snapshot_as_it_left_it(begun: Stack) -> None:
+    left: dict[int, bytes] = {}
+
+    def write(row: int) -> Callable[[], object]:
+        def run() -> None:
+            left[row] = begun.ingest.tiles("main", "grid", "f", {(row, 0): array(row)}).directory
+
+        return run
+
+    together(begun, [write(row) for row in (1, 2, 3)])
+    for row in (1, 2, 3):
+        reader = SnapshotReader(begun.store, begun.memo, left[row])
+        assert sorted(key.y for key in reader.keys("grid", "f")) == list(range(row + 1))
+
+
+def test_a_batch_that_may_not_be_committed_fails_alone(begun: Stack) -> None:
+    opened = begun.history.snapshot("dev").snapshot_id
+    shape = Frame("skills", "s", "bytes", 1, 1, 0, "bytes", 1, 1, 0, "none", b"", 0)
+    late = encode_bytes(b"late")
+
+    def stale() -> None:
+        begun.store.put_tile(late, bytes(16))
+        begun.history.commit(opened, [FrameChange(shape, {(0, 0): late.blob_id})], epoch=begun.store.epoch - 1)
+
+    def sealed() -> None:
+        begun.history.commit(gone.snapshot_id, [FrameChange(shape, {(0, 0): late.blob_id})], epoch=begun.store.epoch)
+
+    begun.history.writable("old")
+    gone = begun.history.seal("old")
+    begun.ingest.tiles("main", "kv_cache", "c", {(0, 0): array(1)})
+    writes = [
+        tile_write(begun, "f", 1, 1),
+        stale,
+        sealed,
+        lambda: begun.ingest.tiles("main", "kv_cache", "c", {(0, 1): array(1).astype(np.float32)}),
+        tile_write(begun, "f", 2, 2),
+    ]
+    seq = begun.log.head()[0]
+    found = together(begun, writes)
+    assert [type(error) for error in found] == [type(None), BusyError, SealedError, ConflictError, type(None)]
+    assert begun.log.head()[0] == seq + 1
+    assert len(batches(begun)[-1]) == 2
+    assert begun.fsck().ok
+
+
+@pytest.mark.parametrize("path", [LOG_PATH, "packs/"])
+def test_a_failed_sync_fails_the_whole_group_and_the_next_one_works(begun: Stack, path: str) -> None:
+    before, seq = begun.content(), begun.log.head()[0]
+    begun.disk.faults = FaultsAt(f"sync {path}")
+    errors = together(begun, [tile_write(begun, "g", row, row) for row in range(4)])
+    assert [type(error) for error in errors] == [StorageError] * 4
+    assert len({id(error) for error in errors}) == 4, "each thread raises an error of its own"
+    assert (begun.content(), begun.log.head()[0]) == (before, seq)
+    assert together(begun, [tile_write(begun, "g", row, row) for row in range(4)]) == [None] * 4
+    assert begun.log.head()[0] == seq + 1
+    assert begun.fsck().ok
+    other = Stack(begun.disk.copy(), rng=FakeRng(5))
+    assert other.content() == begun.content()
+    assert other.fsck().ok
+
+
+def test_an_interrupted_leader_leaves_nobody_waiting(begun: Stack) -> None:
+    def interrupted(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    before = begun.content()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(changing, "apply", interrupted)
+        errors = together(begun, [tile_write(begun, "g", row, row) for row in range(4)])
+    assert [type(error) for error in errors] == [KeyboardInterrupt, BusyError, BusyError, BusyError]
+    assert begun.content() == before
+    assert together(begun, [tile_write(begun, "g", row, row) for row in range(4)]) == [None] * 4
+    assert begun.fsck().ok
+
+
+def test_a_refused_lock_fails_the_one_that_asked_and_the_next_leads(begun: Stack) -> None:
+    commit, asked = begun.log.commit, iter([True])
+
+    def refuse(build: Callable[[], bytes | None]) -> int:
+        if next(asked, False):
+            raise StorageError("no lock")
+        return commit(build)
+
+    begun.log.commit = refuse
+    errors = together(begun, [tile_write(begun, "g", row, row) for row in range(3)])
+    assert [type(error) for error in errors] == [StorageError, type(None), type(None)]
+    assert begun.fsck().ok
+
+
+def test_one_that_is_interrupted_when_it_should_lead_hands_the_lead_on() -> None:
+    queue, inside, go = Queue(), threading.Event(), threading.Event()
+    queued = threading.Semaphore(0)
+    queue._waiting = Announcing(queued)
+    ends: list[str] = []
+
+    def first() -> None:
+        taken = queue.take()
+        inside.set()
+        go.wait()
+        for request in taken:
+            request.settle()
+
+    def second() -> None:
+        raise KeyboardInterrupt
+
+    def third() -> None:
+        for request in queue.take():
+            request.settle()
+        ends.append("third led")
+
+    def enter(lead: Callable[[], None]) -> None:
+        try:
+            queue.pass_through(Request(SnapshotId("snp"), (), 0), lead)
+        except KeyboardInterrupt:
+            ends.append("second was interrupted")
+
+    threads = [threading.Thread(target=enter, args=(lead,)) for lead in (first, second, third)]
+    for thread in threads:
+        thread.start()
+        queued.acquire()
+        inside.wait()
+    go.set()
+    for thread in threads:
+        thread.join(60)
+    assert ends == ["second was interrupted", "third led"]
+    assert len(queue) == 0
+
+
 # -- the projection follows from the log
 
 
 def dump(projection: SqliteProjection) -> dict[str, list[tuple[object, ...]]]:
-    tables = ("position", "snapshots", "attributes", "refs", "streams", "ranges", "finished")
+    tables = ("position", "snapshots", "attributes", "refs", "streams", "packs", "ranges")
     return {table: projection._db.execute(f"SELECT * FROM {table} ORDER BY 1, 2").fetchall() for table in tables}
+
+
+def finished_packs(projection: SqliteProjection) -> list[str]:
+    return [pack.name for pack in projection.state().packs if pack.finished is not None]
 
 
 def busy(stack: Stack) -> None:
@@ -363,7 +595,7 @@ def test_a_rebuilt_projection_equals_the_live_one(stack: Stack, monkeypatch: pyt
     monkeypatch.setattr("him.tier.warm.PACK_TARGET_BYTES", 3_000)
     busy(stack)
     live = dump(stack.projection)
-    assert live["finished"]
+    assert finished_packs(stack.projection)
     stack.history.rebuild()
     assert dump(stack.projection) == live
 
@@ -376,7 +608,7 @@ def test_a_projection_of_another_history_is_built_anew() -> None:
     other.ingest.append("main", "logs", [3], writer="w")
     for source, target in ((one, other), (other, one)):
         mixed = Stack(source.disk, rng=FakeRng(9))
-        mixed.projection.clear()
+        mixed.projection.restore(LiveState(), expected=None)
         mixed.projection.apply(target.history.records())
         mixed.history.refresh()
         assert dump(mixed.projection) == dump(source.projection)
@@ -390,6 +622,8 @@ def test_a_projection_of_another_history_is_built_anew() -> None:
         "UPDATE refs SET name = 'nain' WHERE name = 'main'",
         "UPDATE refs SET snapshot = (SELECT max(id) FROM snapshots)",
         "DELETE FROM ranges WHERE seq = (SELECT max(seq) FROM ranges)",
+        "UPDATE packs SET number = number + 7",
+        "DELETE FROM streams",
         "DELETE FROM snapshots WHERE id = (SELECT max(id) FROM snapshots)",
     ],
 )
@@ -653,7 +887,7 @@ def test_a_pack_is_not_continued_on_an_older_view(place: Path) -> None:
             quick.writable("dev").put("skills", b"two", frame="two")
         # A process killed after its commit, before its projection: the view ends one record behind the log.
         records = list(slow._history.records())
-        slow._projection.clear()
+        slow._projection.restore(LiveState(), expected=None)
         slow._projection.apply(records[:-1])
         slow._history.writable("dev")
         slow._store.put_tile(encode_bytes(b"unrelated"), bytes(16))

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from fakes import FakeClock, FakeRng, Faults, MemDisk, PowerLoss, Stack, new_disk, picture
+from fakes import FakeClock, FakeRng, Faults, MemDisk, PowerLoss, Stack, new_disk, picture, together
 
+from him.catalog.log import CHECKPOINT_FOLDER
 from him.errors import HimError
 from him.types import StreamSpec
 
@@ -121,11 +122,12 @@ def check_sound(disk: MemDisk, views: list[View], why: str) -> Named:
 
 @pytest.fixture(params=["roomy", "cramped"])
 def cramped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Tiny packs and address segments bring footers, several packs and merges into the same workload."""
+    """Tiny packs and segments and frequent checkpoints bring footers, merges and restoring into the workload."""
     if request.param == "cramped":
         monkeypatch.setattr("him.tier.warm.PACK_TARGET_BYTES", 6_000)
         monkeypatch.setattr("him.tier.address.ADDRESS_TAIL_ROWS", 4)
         monkeypatch.setattr("him.tier.address.ADDRESS_MERGE_RATIO", 2)
+        monkeypatch.setattr("him.catalog.history.CHECKPOINT_RECORDS", 3)
     return request.param == "cramped"
 
 
@@ -135,8 +137,9 @@ def test_the_workload_touches_what_it_should(cramped: bool) -> None:
     assert (done, error) == (len(STEPS), None)
     kinds = {kind.split(" ")[0] for kind in disk.faults.kinds}
     assert {"write", "sync", "create", "sync_folder"} <= kinds
-    assert bool(stack.projection.finished_packs()) == cramped
+    assert any(pack.finished for pack in stack.projection.state().packs) == cramped
     assert bool([path for path in disk.files if path.endswith(".seg")]) == cramped
+    assert bool([path for path in disk.files if path.startswith(f"{CHECKPOINT_FOLDER}/")]) == cramped
 
 
 @every(4)
@@ -237,6 +240,108 @@ def test_a_process_killed_at_any_operation_leaves_a_sound_repository(cramped: bo
             disk = new_disk(Faults(at, mode))
             done = steps_before_power_fails(disk)
             check_sound(disk.copy(), views[done : done + 2], f"{mode} {at}: {disk.faults.kinds[at - 1]} in step {done}")
+
+
+# -- batches that are committed together
+
+GROUPS = 3
+GROUP = 4
+
+
+def row_write(stack: Stack, row: int) -> Step:
+    branch = "dev" if row % GROUP == 2 else "main"
+    return lambda: stack.ingest.tiles(branch, "grid", "g", {(row, 0): array(row, 8, 8)})
+
+
+def rows_of(stack: Stack) -> dict[int, bytes]:
+    """Every row of the groups that can be seen, with its bytes."""
+    found: dict[int, bytes] = {}
+    for branch in ("main", "dev"):
+        if branch in stack.history.refs():
+            reader = stack.at(branch)
+            for frame in reader.frames("grid"):
+                for key in reader.keys("grid", frame.name):
+                    found[key.y] = reader.tile(key).tobytes()
+    return found
+
+
+def run_groups(disk: MemDisk) -> tuple[Named | None, list[list[int]], dict[int, BaseException | None]]:
+    """Groups of writes, each in threads; (the stack, which rows went together, what each write raised)."""
+    told: dict[int, BaseException | None] = {}
+    groups: list[list[int]] = []
+    try:
+        stack = Named(disk)
+        for step in (
+            lambda: stack.history.declare_stream(GRID),
+            lambda: stack.history.writable("main"),
+            lambda: stack.history.writable("dev"),
+        ):
+            step()
+        for number in range(GROUPS):
+            groups.append(list(range(1 + number * GROUP, 1 + (number + 1) * GROUP)))
+            errors = together(stack, [row_write(stack, row) for row in groups[-1]])
+            told |= dict(zip(groups[-1], errors, strict=True))
+    except (HimError, PowerLoss):
+        return None, groups, told
+    return stack, groups, told
+
+
+def group_operations() -> int:
+    disk = new_disk()
+    stack, _, told = run_groups(disk)
+    assert stack is not None
+    assert set(told.values()) == {None}
+    assert sum(len(record.operations) > 2 for _, _, record in stack.history.records()) == GROUPS
+    return disk.faults.count
+
+
+def check_rows(disk: MemDisk, told: dict[int, BaseException | None], why: str, *, doubt: bool = False) -> None:
+    """What was acknowledged is there byte for byte, what failed is not (unless power went before it could tell)."""
+    stack = Named(disk, rng=FakeRng(777), clock=FakeClock(1_800_000_000_000_000_000))
+    found = rows_of(stack)
+    wanted = {row: array(row, 8, 8).tobytes() for row, error in told.items() if error is None}
+    assert {row: found.get(row) for row in wanted} == wanted, why
+    if not doubt:
+        assert found == wanted, why
+    assert all(found[row] == array(row, 8, 8).tobytes() for row in found), why
+    report = stack.fsck()
+    assert report.ok, (why, report.errors)
+    stack.history.rebuild()
+    stack.store.forget_addresses()
+    assert rows_of(stack) == found, why
+
+
+@every(6)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_failed_operation_fails_its_group_or_its_batch_alone(cramped: bool, mode: str, stride: int) -> None:
+    for at in points(group_operations(), stride, MODES.index(mode)):
+        disk = new_disk(Faults(at, mode))
+        stack, _, told = run_groups(disk)
+        why = f"{mode} {at}: {disk.faults.kinds[at - 1]}, {told}"
+        if stack is None:
+            continue  # Before the groups: the workload above is about that.
+        check_rows(disk.copy(), told, f"another process after {why}")
+        failed = [row for row, error in told.items() if error is not None]
+        assert all(isinstance(told[row], HimError) for row in failed), why
+        if failed:
+            assert together(stack, [row_write(stack, row) for row in failed]) == [None] * len(failed), why
+        check_rows(disk.copy(), told | dict.fromkeys(failed), f"repeated after {why}")
+        stack.close()
+
+
+@every(6)
+@pytest.mark.parametrize("mode", POWER_MODES)
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_power_loss_leaves_all_of_a_group_or_nothing(cramped: bool, mode: str, kept: str, stride: int) -> None:
+    for at in points(group_operations(), stride, KEPT.index(kept) + POWER_MODES.index(mode)):
+        disk = new_disk(Faults(at, mode))
+        _, groups, told = run_groups(disk)
+        why = f"{mode} {at}, unsynced kept: {kept}: {disk.faults.kinds[at - 1]}, {told}"
+        left = disk.after_power_loss(keeper(kept, at))
+        check_rows(left, told, why, doubt=True)
+        rows = rows_of(Named(left, rng=FakeRng(778)))
+        for group in groups:
+            assert len({row in rows for row in group}) == 1, why
 
 
 def test_a_read_only_look_after_a_power_loss_shows_all_that_was_acknowledged() -> None:

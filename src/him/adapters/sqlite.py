@@ -1,10 +1,11 @@
 """SQLite as the log's queryable projection and as a memo of pure results; both can be deleted at any time."""
 
+import itertools
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from blake3 import blake3
@@ -14,9 +15,11 @@ from him.types import (
     AttributeSet,
     Batch,
     CommitRecord,
+    LiveState,
     Operation,
     PackFinished,
     PackRange,
+    PackState,
     RefSet,
     Sealed,
     Snapshot,
@@ -26,7 +29,11 @@ from him.types import (
     StreamSpec,
 )
 
-_SCHEMA_VERSION: Final = 2
+_Result = TypeVar("_Result")
+_Struct = TypeVar("_Struct", bound=msgspec.Struct)
+
+_FIX: Final = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
+_SCHEMA_VERSION: Final = 3
 _BUSY_TIMEOUT_S: Final = 60.0
 _DIGEST: Final = 16
 _CHECKED_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -41,20 +48,17 @@ CREATE TABLE attributes (snapshot TEXT NOT NULL, key TEXT NOT NULL, value TEXT N
     WITHOUT ROWID;
 CREATE TABLE refs (name TEXT PRIMARY KEY, kind TEXT NOT NULL, snapshot TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE streams (name TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE ranges (seq INTEGER NOT NULL, pack TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (seq, pack));
-CREATE TABLE finished (pack TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE packs (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, seq INTEGER NOT NULL, finished BLOB);
+CREATE INDEX packs_by_seq ON packs (seq);
+CREATE TABLE ranges (pack INTEGER NOT NULL, start INTEGER NOT NULL, seq INTEGER NOT NULL, body BLOB NOT NULL,
+    PRIMARY KEY (pack, start)) WITHOUT ROWID;
+CREATE INDEX ranges_by_seq ON ranges (seq);
 INSERT INTO position VALUES (1, 0, zeroblob(32), 0);
 """
 
-_CLEAR: Final = (
-    "DELETE FROM snapshots",
-    "DELETE FROM attributes",
-    "DELETE FROM refs",
-    "DELETE FROM streams",
-    "DELETE FROM ranges",
-    "DELETE FROM finished",
-    "UPDATE position SET seq = 0, hash = zeroblob(32), lamport = 0",
-)
+_TABLES: Final = ("snapshots", "attributes", "refs", "streams", "packs", "ranges")
+_APPLIED_AT_ONCE: Final = 1_000
+"""Records a transaction: an old log is not read into memory whole."""
 
 
 def _connect(path: Path | None, schema: str) -> sqlite3.Connection:
@@ -124,33 +128,44 @@ class SqliteProjection:
         ((seq, digest),) = self._rows("SELECT seq, hash FROM position")
         return int(seq), bytes(digest)
 
-    def clear(self) -> None:
-        """Forget everything, to be rebuilt from the log; a file too damaged for that is replaced."""
+    def apply(self, records: Iterable[tuple[int, bytes, CommitRecord]]) -> None:
+        """Apply records beyond the position; another process may have applied some already."""
+        left = iter(records)
+        while part := list(itertools.islice(left, _APPLIED_AT_ONCE)):
+            with self._lock:
+                if self.position()[0] >= part[-1][0]:
+                    continue
+                try:
+                    self._in_transaction(lambda part=part: self._apply_all(part))
+                except sqlite3.OperationalError:
+                    # The disk is full, or another process will not let go: go on in memory, with what is there.
+                    memory = _prepared(":memory:", "")
+                    self._db.backup(memory)
+                    self._swap(memory)
+                    self._in_transaction(lambda part=part: self._apply_all(part))
+
+    def restore(self, state: LiveState, *, expected: tuple[int, bytes] | None) -> bool:
+        """Replace everything by `state` if nobody moved the position; a file too damaged for that is replaced."""
         with self._lock:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                for statement in _CLEAR:
-                    self._db.execute(statement)
-                self._db.execute("COMMIT")
-            except sqlite3.DatabaseError:
+                return self._in_transaction(lambda: self._restore(state, expected))
+            except sqlite3.OperationalError:
+                self._swap(_prepared(":memory:", _SCHEMA))
+            except (sqlite3.DatabaseError, StorageError):
                 self._db.close()
                 if self._path is not None:
                     _remove(self._path)
                 self._db = _connect(self._path, _SCHEMA)
+            return self._in_transaction(lambda: self._restore(state, None))
 
-    def apply(self, records: Iterable[tuple[int, bytes, CommitRecord]]) -> None:
-        """Apply records beyond the position; another process may have applied some already."""
-        known = list(records)
+    def state(self) -> LiveState:
+        """Everything, read in one transaction."""
         with self._lock:
+            self._db.execute("BEGIN")
             try:
-                self._apply_all(known)
-            except sqlite3.OperationalError:
-                # The disk is full, or another process will not let go: go on in memory, with what is there.
-                memory = _prepared(":memory:", "")
-                self._db.backup(memory)
-                self._db.close()
-                self._db = memory
-                self._apply_all(known)
+                return self._state()
+            finally:
+                self._db.execute("ROLLBACK")
 
     def snapshot(self, snapshot_id: str) -> Snapshot | None:
         """The snapshot with its tags."""
@@ -170,17 +185,20 @@ class SqliteProjection:
     def streams(self) -> dict[str, StreamSpec]:
         """Declared streams by name."""
         rows = self._rows("SELECT name, body FROM streams ORDER BY name")
-        return {name: msgspec.msgpack.decode(body, type=StreamSpec) for name, body in rows}
+        return {name: _decode(body, StreamSpec) for name, body in rows}
 
-    def ranges(self, since: int) -> list[tuple[int, PackRange]]:
-        """(seq, range) in log order."""
-        rows = self._rows("SELECT seq, body FROM ranges WHERE seq > ? ORDER BY seq, rowid", since)
-        return [(seq, msgspec.msgpack.decode(body, type=PackRange)) for seq, body in rows]
+    def packs(self, first: int) -> list[str]:
+        """Names by number, from `first` on."""
+        return [name for (name,) in self._rows("SELECT name FROM packs WHERE number >= ? ORDER BY number", first)]
 
-    def finished_packs(self) -> dict[str, PackFinished]:
-        """Finished packs by name."""
-        rows = self._rows("SELECT pack, body FROM finished ORDER BY pack")
-        return {name: msgspec.msgpack.decode(body, type=PackFinished) for name, body in rows}
+    def pack_changes(self, since: int) -> list[tuple[int, PackRange | PackFinished]]:
+        """(seq, range or finish) after `since`, in log order."""
+        rows = self._rows(
+            "SELECT seq, 0 AS start, finished AS body, 1 AS done FROM packs WHERE seq > ?1 AND finished IS NOT NULL"
+            " UNION ALL SELECT seq, start, body, 0 FROM ranges WHERE seq > ?1 ORDER BY seq, start",
+            since,
+        )
+        return [(seq, _decode(body, PackFinished if done else PackRange)) for seq, _, body, done in rows]
 
     def lamport(self) -> int:
         """The highest Lamport time seen."""
@@ -196,87 +214,116 @@ class SqliteProjection:
             try:
                 return self._db.execute(question, values).fetchall()
             except sqlite3.DatabaseError as error:
-                raise StorageError(
-                    f"a cache file is damaged ({error})",
-                    place=str(self._path),
-                    fix="run `him fsck --rebuild`, or delete the folder cache: it is made anew",
-                ) from error
+                raise StorageError(f"a cache file is damaged ({error})", place=str(self._path), fix=_FIX) from error
 
-    def _apply_all(self, records: list[tuple[int, bytes, CommitRecord]]) -> None:
+    def _swap(self, other: sqlite3.Connection) -> None:
+        self._db.close()
+        self._db = other
+
+    def _in_transaction(self, work: Callable[[], _Result]) -> _Result:
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            at = self.position()[0]
-            for seq, digest, record in records:
-                if seq <= at:
-                    continue
-                for operation in record.operations:
-                    self._apply(seq, operation)
-                self._db.execute("UPDATE position SET seq = ?, hash = ?", (seq, digest))
+            result = work()
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
+        return result
+
+    def _apply_all(self, records: list[tuple[int, bytes, CommitRecord]]) -> None:
+        at = self.position()[0]
+        for seq, digest, record in records:
+            if seq <= at:
+                continue
+            if seq > at + 1:
+                # Another process has restored an older state meanwhile: the next look goes on from there.
+                break
+            for operation in record.operations:
+                self._apply(seq, operation)
+            at = seq
+            self._db.execute("UPDATE position SET seq = ?, hash = ?", (seq, digest))
+
+    def _restore(self, state: LiveState, expected: tuple[int, bytes] | None) -> bool:
+        if expected is not None and self.position() != expected:
+            return False
+        run, many = self._db.execute, self._db.executemany
+        for table in _TABLES:
+            run(f"DELETE FROM {table}")  # noqa: S608 - names of our own
+        for seq, found in state.snapshots:
+            self._store(seq, msgspec.structs.replace(found, tags={}))
+            tags = [(found.snapshot_id, key, value) for key, value in found.tags.items()]
+            many("INSERT INTO attributes VALUES (?, ?, ?)", tags)
+        many("INSERT INTO refs VALUES (?, ?, ?)", state.refs)
+        many("INSERT INTO streams VALUES (?, ?)", [(spec.name, _encode(spec)) for spec in state.streams])
+        for number, pack in enumerate(state.packs):
+            finished = None if pack.finished is None else _encode(pack.finished)
+            run("INSERT INTO packs VALUES (?, ?, ?, ?)", (number, pack.name, pack.seq, finished))
+            ranges = [(number, named.start, seq, _encode(named)) for seq, named in pack.ranges]
+            many("INSERT INTO ranges VALUES (?, ?, ?, ?)", ranges)
+        run("UPDATE position SET seq = ?, hash = ?, lamport = ?", (state.seq, state.hash, state.lamport))
+        return True
+
+    def _state(self) -> LiveState:
+        tags: dict[str, dict[str, str]] = {}
+        for snapshot, key, value in self._rows("SELECT snapshot, key, value FROM attributes ORDER BY snapshot, key"):
+            tags.setdefault(snapshot, {})[key] = value
+        snapshots = [
+            (seq, msgspec.structs.replace(_decode(body, Snapshot), tags=tags.pop(name, {})))
+            for seq, name, body in self._rows("SELECT seq, id, body FROM snapshots ORDER BY seq, id")
+        ]
+        ranges: dict[int, list[tuple[int, PackRange]]] = {}
+        for number, seq, body in self._rows("SELECT pack, seq, body FROM ranges ORDER BY pack, seq, start"):
+            ranges.setdefault(number, []).append((seq, _decode(body, PackRange)))
+        packs = [
+            PackState(
+                name, seq, tuple(ranges.get(number, ())), None if finished is None else _decode(finished, PackFinished)
+            )
+            for number, name, seq, finished in self._rows("SELECT * FROM packs ORDER BY number")
+        ]
+        refs = tuple((name, kind, target) for name, (kind, target) in self.refs().items())
+        ((seq, digest, lamport),) = self._rows("SELECT seq, hash, lamport FROM position")
+        return LiveState(
+            seq, digest, lamport, tuple(snapshots), refs, tuple(self.streams().values()), tuple(packs)
+        )  # fmt: skip
 
     def _with_tags(self, body: bytes) -> Snapshot:
-        found = msgspec.msgpack.decode(body, type=Snapshot)
+        found = _decode(body, Snapshot)
         rows = self._rows("SELECT key, value FROM attributes WHERE snapshot = ? ORDER BY key", found.snapshot_id)
         return msgspec.structs.replace(found, tags=dict(rows))
 
-    def _store(self, seq: int | None, found: Snapshot) -> None:
-        body = msgspec.msgpack.encode(found)
-        if seq is not None:
-            self._db.execute(
-                "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", (found.snapshot_id, seq, found.lamport, body)
-            )
-        else:
-            self._db.execute(
-                "UPDATE snapshots SET body = ?, lamport = ? WHERE id = ?", (body, found.lamport, found.snapshot_id)
-            )
+    def _store(self, seq: int, found: Snapshot) -> None:
+        row = (found.snapshot_id, seq, found.lamport, _encode(found))
+        self._db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", row)
+
+    def _change(self, snapshot_id: str, **fields: object) -> None:
+        """Set fields of a snapshot, if it is there still."""
+        rows = self._rows("SELECT seq, body FROM snapshots WHERE id = ?", snapshot_id)
+        for seq, body in rows:
+            self._store(seq, msgspec.structs.replace(_decode(body, Snapshot), **fields))
 
     def _apply(self, seq: int, operation: Operation) -> None:
         run = self._db.execute
         match operation:
             case SnapshotOpened():
-                self._store(
-                    seq,
-                    Snapshot(
-                        operation.snapshot_id,
-                        operation.parents,
-                        operation.created_at,
-                        operation.writer,
-                        operation.directory,
-                        provenance=operation.provenance,
-                        merge_policy=operation.merge_policy,
-                    ),
-                )
+                run("DELETE FROM attributes WHERE snapshot = ?", (operation.snapshot_id,))
+                self._store(seq, operation.snapshot())
             case Batch():
-                found = self.snapshot(operation.snapshot_id)
-                if found is not None:
-                    self._store(None, msgspec.structs.replace(found, directory=operation.directory))
+                self._change(operation.snapshot_id, directory=operation.directory)
             case Sealed():
                 # Kept apart from the snapshots: a time is not given twice, even if its snapshot was dropped.
                 run("UPDATE position SET lamport = max(lamport, ?)", (operation.lamport,))
-                found = self.snapshot(operation.snapshot_id)
-                if found is not None:
-                    self._store(
-                        None,
-                        msgspec.structs.replace(
-                            found,
-                            sealed=True,
-                            directory=operation.directory,
-                            levels_root=operation.levels_root,
-                            lamport=operation.lamport,
-                            signature=operation.signature,
-                        ),
-                    )
+                self._change(operation.snapshot_id, **operation.fields())
             case PackRange():
-                body = msgspec.msgpack.encode(operation)
-                run("INSERT OR REPLACE INTO ranges VALUES (?, ?, ?)", (seq, operation.pack, body))
+                number = self._pack(operation.pack, seq)
+                run("UPDATE packs SET seq = ? WHERE number = ?", (seq, number))
+                row = (number, operation.start, seq, _encode(operation))
+                run("INSERT OR REPLACE INTO ranges VALUES (?, ?, ?, ?)", row)
             case PackFinished():
-                run(
-                    "INSERT OR REPLACE INTO finished VALUES (?, ?)", (operation.pack, msgspec.msgpack.encode(operation))
-                )
+                # Its footer has the rows of all its ranges.
+                number = self._pack(operation.pack, seq)
+                run("UPDATE packs SET finished = ? WHERE number = ?", (_encode(operation), number))
+                run("DELETE FROM ranges WHERE pack = ?", (number,))
             case RefSet() if operation.snapshot_id:
                 row = (operation.name, operation.kind, operation.snapshot_id)
                 run("INSERT OR REPLACE INTO refs VALUES (?, ?, ?)", row)
@@ -285,14 +332,34 @@ class SqliteProjection:
             case AttributeSet(value=None):
                 run("DELETE FROM attributes WHERE snapshot = ? AND key = ?", (operation.snapshot_id, operation.key))
             case AttributeSet():
-                row = (operation.snapshot_id, operation.key, operation.value or "")
-                run("INSERT OR REPLACE INTO attributes VALUES (?, ?, ?)", row)
+                run(
+                    "INSERT OR REPLACE INTO attributes SELECT id, ?, ? FROM snapshots WHERE id = ?",
+                    (operation.key, operation.value, operation.snapshot_id),
+                )
             case SnapshotDropped():
                 run("DELETE FROM snapshots WHERE id = ?", (operation.snapshot_id,))
                 run("DELETE FROM attributes WHERE snapshot = ?", (operation.snapshot_id,))
             case StreamDeclared():
-                row = (operation.spec.name, msgspec.msgpack.encode(operation.spec))
-                run("INSERT OR REPLACE INTO streams VALUES (?, ?)", row)
+                run("INSERT OR REPLACE INTO streams VALUES (?, ?)", (operation.spec.name, _encode(operation.spec)))
+
+    def _pack(self, name: str, seq: int) -> int:
+        """The pack's number, its rank by first appearance."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO packs SELECT coalesce(max(number) + 1, 0), ?, ?, NULL FROM packs", (name, seq)
+        )
+        ((number,),) = self._rows("SELECT number FROM packs WHERE name = ?", name)
+        return int(number)
+
+
+def _encode(value: msgspec.Struct) -> bytes:
+    return msgspec.msgpack.encode(value)
+
+
+def _decode(body: bytes, kind: type[_Struct]) -> _Struct:
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise StorageError(f"a cache file is damaged ({error})", place="cache", fix=_FIX) from error
 
 
 def _digest(kind: str, key: bytes, value: bytes) -> bytes:

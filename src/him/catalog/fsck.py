@@ -1,37 +1,25 @@
 """Checking a whole repository against its own digests: the log, every byte of every pack, and all that is reachable."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import msgspec
+import numpy as np
 
+from him.catalog import checkpoint
+from him.catalog.checkpoint import Fold
 from him.catalog.history import History
 from him.errors import HimError, IntegrityError
 from him.pack import format as layout
 from him.pack import merkle
 from him.pack.file import read_index, read_record, walk
-from him.ports import Disk, Projection
+from him.ports import Disk, File, Projection
 from him.pyramid import directory, update
 from him.tier.warm import WarmStore
 from him.tile import codec
-from him.tile.address import KIND_FOOTER, KIND_NAMES, KIND_TILE, blob_id
+from him.tile.address import KIND_FOOTER, KIND_INDEX, KIND_NAMES, KIND_TILE, blob_id
 from him.tile.chunks import CHUNKS
-from him.types import (
-    AttributeSet,
-    Batch,
-    BlobId,
-    Fault,
-    Frame,
-    Operation,
-    PackFinished,
-    PackRange,
-    RefSet,
-    Sealed,
-    Snapshot,
-    SnapshotDropped,
-    SnapshotOpened,
-    TileKey,
-)
+from him.types import BlobId, Fault, Frame, LiveState, PackFinished, PackRange, PackState, Snapshot, TileKey
 
 Progress = Callable[[int, int, str], None]
 _RESTORE: Final = "restore the object from a copy of the repository"
@@ -65,49 +53,6 @@ class FsckReport(msgspec.Struct, frozen=True):
         }
 
 
-class _Told:
-    """What the log's records say when heard in order."""
-
-    def __init__(
-        self,
-        snapshots: dict[str, tuple[bytes, bool, int]],
-        refs: dict[str, tuple[str, str]],
-        tags: dict[tuple[str, str], str],
-        ranges: dict[str, list[PackRange]],
-    ) -> None:
-        self.seq = 0
-        self.snapshots = snapshots
-        self.refs = refs
-        self.tags = tags
-        self.ranges = ranges
-
-    def hear(self, operation: Operation) -> None:
-        """Take one operation in."""
-        match operation:
-            case SnapshotOpened():
-                self.snapshots[operation.snapshot_id] = (operation.directory, False, 0)
-            case Batch() if operation.snapshot_id in self.snapshots:
-                _, sealed, lamport = self.snapshots[operation.snapshot_id]
-                self.snapshots[operation.snapshot_id] = (operation.directory, sealed, lamport)
-            case Sealed() if operation.snapshot_id in self.snapshots:
-                self.snapshots[operation.snapshot_id] = (operation.directory, True, operation.lamport)
-            case SnapshotDropped():
-                self.snapshots.pop(operation.snapshot_id, None)
-                self.tags = {key: value for key, value in self.tags.items() if key[0] != operation.snapshot_id}
-            case RefSet() if operation.snapshot_id:
-                self.refs[operation.name] = (operation.kind, operation.snapshot_id)
-            case RefSet():
-                self.refs.pop(operation.name, None)
-            case AttributeSet(value=None):
-                self.tags.pop((operation.snapshot_id, operation.key), None)
-            case AttributeSet():
-                self.tags[operation.snapshot_id, operation.key] = operation.value or ""
-            case PackRange():
-                self.ranges.setdefault(operation.pack, []).append(operation)
-            case _:
-                pass
-
-
 class Fsck:
     """One check of a repository; reads everything, changes nothing."""
 
@@ -125,89 +70,159 @@ class Fsck:
         self._tiles: set[tuple[bytes, bytes]] = set()
 
     def run(self) -> FsckReport:
-        """Check log, packs and reachability."""
-        ranges: dict[str, list[PackRange]] = {}
-        told = _Told({}, {}, {}, ranges)
+        """Check log, checkpoints, packs and reachability."""
         try:
-            for seq, _, record in self._history.records():
-                for operation in record.operations:
-                    told.hear(operation)
-                told.seq = seq
-            self._catalog(told)
+            self._history.refresh()
         except HimError as error:
             self._fault(error)
-        size = self._packs(ranges)
+        told = self._told()
+        live = self._projection.state()
+        # The projection has no digests of its own. (At other records another process commits right now.)
+        if told is not None and told.seq == live.seq and told != live:
+            fix = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
+            self._faults["catalog", "cache"] = Fault("catalog", "cache/projection.sqlite", "differs from the log", fix)
+        packs = sorted((told or live).packs, key=lambda pack: pack.name)
+        size = 0
+        for number, pack in enumerate(packs):
+            self._progress(number, len(packs), pack.name)
+            size += self._pack(pack)
         snapshots = self._history.snapshots()
         for number, found in enumerate(snapshots):
             self._progress(number, len(snapshots), "snapshots")
             self._snapshot(found)
         self._refs(snapshots)
-        return FsckReport(tuple(self._faults.values()), 0, 0, len(self._tiles), len(ranges), size)
+        return FsckReport(tuple(self._faults.values()), 0, 0, len(self._tiles), len(packs), size)
 
-    def _catalog(self, told: "_Told") -> None:
-        """Whether the projection, which has no digests of its own, says what the log says."""
-        self._history.refresh()
-        if self._projection.position()[0] != told.seq:
-            return  # Another process commits right now: both are in motion.
-        known = {one.snapshot_id: (one.directory, one.sealed, one.lamport) for one in self._projection.snapshots()}
-        tags = {(one.snapshot_id, *pair) for one in self._projection.snapshots() for pair in one.tags.items()}
-        ranges: dict[str, list[PackRange]] = {}
-        for _, named in self._projection.ranges(0):
-            ranges.setdefault(named.pack, []).append(named)
-        same = (known, self._projection.refs(), ranges) == (told.snapshots, told.refs, told.ranges)
-        if not (same and tags == {(*key, value) for key, value in told.tags.items() if key[0] in known}):
-            fix = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
-            self._faults["catalog", "cache"] = Fault("catalog", "cache/projection.sqlite", "differs from the log", fix)
+    # -- the log
+
+    def _told(self) -> LiveState | None:
+        """What the log says; where its beginning is damaged, what it says from a checkpoint on. None: neither."""
+        kept = self._checkpoints()
+        damage: IntegrityError | None = None
+        for start in (LiveState(), *sorted(kept.values(), key=lambda state: state.seq)):
+            try:
+                told = self._fold(start, kept)
+            except IntegrityError as error:
+                damage = damage or error
+                continue
+            if damage is not None:
+                since = f"; what it said before record {start.seq + 1} is taken from the checkpoint there"
+                self._fault(IntegrityError(damage.message + since, object=damage.object, place=damage.place))
+            return told
+        if damage is not None:
+            self._fault(damage)
+        return None
+
+    def _checkpoints(self) -> dict[int, LiveState]:
+        kept: dict[int, LiveState] = {}
+        for seq in self._history.log.checkpoints():
+            try:
+                kept[seq] = checkpoint.load(self._history.log, seq)
+            except HimError as error:
+                self._checkpoint_fault(seq, error.message, error.place)
+        return kept
+
+    def _fold(self, start: LiveState, kept: Mapping[int, LiveState]) -> LiveState:
+        """The state at the log's end, folded from `start`; every checkpoint on the way must be the same."""
+        fold = Fold(start)
+        for seq, digest, record in self._history.records(start.seq):
+            fold.apply([(seq, digest, record)])
+            if seq in kept and kept[seq] != fold.state():
+                self._checkpoint_fault(seq, "differs from the log")
+        return fold.state()
+
+    def _checkpoint_fault(self, seq: int, message: str, place: str = "") -> None:
+        named = f"checkpoint {seq}"
+        fix = "delete the file: the log says the same, and a new one is written at the next mark"
+        self._faults[named, place] = Fault(named, place or "log/checkpoints", message, fix)
 
     # -- packs
 
-    def _packs(self, ranges: dict[str, list[PackRange]]) -> int:
-        finished = self._projection.finished_packs()
-        size = 0
-        for number, (name, parts) in enumerate(sorted(ranges.items())):
-            self._progress(number, len(ranges), name)
-            try:
-                file = self._disk.open(name)
-            except HimError:
-                self._fault(IntegrityError("a pack is missing", object=name, place=name))
-                continue
-            try:
-                size += file.size()
-                layout.check_file_header(file.read_at(0, layout.FILE_HEADER_BYTES), name)
-                for part in parts:
-                    self._range(name, part)
-                if name in finished:
-                    self._footer(name, finished[name], parts)
-            except HimError as error:
-                self._fault(error)
-            finally:
-                file.close()
-        return size
-
-    def _range(self, name: str, part: PackRange) -> None:
-        """Every record between two commits: its digests, its content's identity, the range's Merkle root."""
-        file = self._disk.open(name)
+    def _pack(self, pack: PackState) -> int:
+        """Check all that belongs to a pack; its size in bytes."""
         try:
-            if file.size() < part.end:
-                self._fault(IntegrityError("the pack is cut short", object=name, place=f"{name} @ {file.size()}"))
-            leaves: list[bytes] = []
-            for offset, found in walk(file, name, part.start, part.end):
-                if isinstance(found, IntegrityError):
-                    self._fault(found)
-                    continue
-                if offset != part.index_offset:
-                    leaves.append(found.header.digest)
-                self._content(found, f"{name} @ {offset}")
-            if not any(fault.place.startswith(name) for fault in self._faults.values()):
-                read_index(file, part)
-                if merkle.root(leaves) != part.merkle_root:
-                    self._fault(
-                        IntegrityError("the range's Merkle root differs", object=name, place=f"{name} @ {part.start}")
-                    )
+            file = self._disk.open(pack.name)
+        except HimError:
+            self._fault(IntegrityError("a pack is missing", object=pack.name, place=pack.name))
+            return 0
+        try:
+            layout.check_file_header(file.read_at(0, layout.FILE_HEADER_BYTES), pack.name)
+            if pack.finished is not None:
+                self._finished(file, pack.finished)
+            else:
+                self._growing(file, pack)
         except HimError as error:
             self._fault(error)
         finally:
+            size = file.size()
             file.close()
+        return size
+
+    def _growing(self, file: File, pack: PackState) -> None:
+        """What lies beyond the last committed range belongs to nobody."""
+        committed = [named for _, named in pack.ranges]
+        end = committed[-1].end if committed else layout.FILE_HEADER_BYTES
+        if file.size() < end:
+            self._fault(IntegrityError("the pack is cut short", object=pack.name, place=f"{pack.name} @ {file.size()}"))
+        found = self._ranges(file, pack.name, end)
+        if found is not None and found != committed:
+            wrong = next((one for one, other in zip(found, committed, strict=False) if one != other), found[-1])
+            place = f"{pack.name} @ {wrong.start}"
+            self._fault(IntegrityError("a range is not the one committed", object=pack.name, place=place))
+
+    def _finished(self, file: File, finished: PackFinished) -> None:
+        """Every range, and the footer that lists them all."""
+        name, at = finished.pack, finished.size - layout.TRAILER_BYTES
+        offset, size, root = layout.decode_trailer(file.read_at(at, layout.TRAILER_BYTES), f"{name} @ {at}")
+        place = f"{name} @ {offset}"
+        footer = read_record(file, name, offset, size)
+        self._content(footer, place)
+        between = file.read_at(offset + footer.header.record_size, size - footer.header.record_size)
+        if between.count(0) != len(between):
+            raise IntegrityError("padding after the footer is not zero", object=name, place=place)
+        if footer.header.kind != KIND_FOOTER or root != finished.merkle_root or offset + size != at:
+            raise IntegrityError("the footer is not the one committed", object=name, place=place)
+        if file.size() != finished.size:
+            raise IntegrityError("bytes follow the trailer", object=name, place=f"{name} @ {finished.size}")
+        ranges = self._ranges(file, name, offset)
+        if ranges is None:
+            return
+        rows = np.concatenate([read_index(file, named) for named in ranges])
+        meta = msgspec.msgpack.encode([offset, len(rows), root])
+        if merkle.root([named.merkle_root for named in ranges]) != root or footer.meta != meta:
+            raise IntegrityError("the footer's root is not that of the ranges", object=name, place=place)
+        if bytes(footer.stored) != layout.encode_rows(rows):
+            raise IntegrityError("the footer does not list what the ranges hold", object=name, place=place)
+
+    def _ranges(self, file: File, name: str, end: int) -> list[PackRange] | None:
+        """The ranges up to `end` as their own index records tell; None when a record among them is damaged.
+
+        Checked are every digest, that each content is what its blob_id names, and that each index record lists the
+        records before it, with their Merkle root.
+        """
+        ranges: list[PackRange] = []
+        rows: list[tuple[bytes, int, int, int]] = []
+        leaves: list[bytes] = []
+        begun, sound = layout.FILE_HEADER_BYTES, True
+        for offset, found in walk(file, name, begun, end):
+            if isinstance(found, IntegrityError):
+                self._fault(found)
+                sound = False
+                continue
+            header = found.header
+            self._content(found, f"{name} @ {offset}")
+            if header.kind != KIND_INDEX:
+                rows.append((header.blob_id, offset, header.record_size, header.kind))
+                leaves.append(header.digest)
+                continue
+            root, after = merkle.root(leaves), layout.aligned(offset + header.record_size)
+            meta = msgspec.msgpack.encode([begun, len(rows), root])
+            if sound and (found.meta != meta or bytes(found.stored) != layout.encode_rows(layout.rows_of(rows))):
+                what = "the index record does not list the records before it"
+                self._fault(IntegrityError(what, object=name, place=f"{name} @ {offset}"))
+            ranges.append(PackRange(name, begun, offset, after, root))
+            begun, rows, leaves = after, [], []
+        return ranges if sound else None
 
     def _content(self, found: layout.Record, place: str) -> None:
         """Whether the stored bytes decode to what the blob_id names."""
@@ -221,24 +236,6 @@ class Fsck:
                 raise IntegrityError(f"{KIND_NAMES.get(header.kind, 'record')} has another identity")
         except IntegrityError as error:
             self._fault(IntegrityError(error.message, object=header.blob_id.hex(), place=place))
-
-    def _footer(self, name: str, finished: PackFinished, parts: list[PackRange]) -> None:
-        file = self._disk.open(name)
-        try:
-            at = finished.size - layout.TRAILER_BYTES
-            offset, size, root = layout.decode_trailer(file.read_at(at, layout.TRAILER_BYTES), f"{name} @ {at}")
-            place = f"{name} @ {offset}"
-            record = read_record(file, name, offset, size)
-            between = file.read_at(offset + record.header.record_size, size - record.header.record_size)
-            if between.count(0) != len(between):
-                raise IntegrityError("padding after the footer is not zero", object=name, place=place)
-            whole = merkle.root([part.merkle_root for part in parts])
-            if record.header.kind != KIND_FOOTER or root != whole or root != finished.merkle_root:
-                raise IntegrityError("the footer is not the one committed", object=name, place=place)
-            if file.size() != finished.size or offset != parts[-1].end:
-                raise IntegrityError("bytes follow the trailer or precede the footer", object=name, place=place)
-        finally:
-            file.close()
 
     # -- what snapshots reach
 

@@ -2,17 +2,24 @@
 
 `History` is the only writer of records. It keeps the projection at the log's head, builds pages on the current
 directory under the log's lock (so nobody retries), and makes pages durable before the record that names them.
+
+Batches that threads commit at the same time share one record: each is built on the directory the one before it made.
 """
 
 import contextlib
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import msgspec
 
 from him.catalog import changes as changing
+from him.catalog import checkpoint
 from him.catalog.changes import FrameChange
-from him.config import STREAMS
+from him.catalog.checkpoint import Fold
+from him.catalog.group import Queue, Request
+from him.config import CHECKPOINT_RECORDS, STREAMS
 from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, SealedError, UsageError
 from him.ports import Clock, CommitLog, Memo, Projection, Rng
 from him.pyramid import directory, levels
@@ -24,6 +31,7 @@ from him.types import (
     AttributeSet,
     Batch,
     CommitRecord,
+    LiveState,
     Operation,
     PackRange,
     Parent,
@@ -40,6 +48,9 @@ from him.types import (
     snapshot_id,
 )
 
+Build = Callable[[], Sequence[Operation]]
+"""Makes the operations of a record; runs under the log's lock with the projection at its head. None, no record."""
+
 BRANCH: Final = "branch"
 TAG: Final = "tag"
 _NS_PER_MS: Final = 1_000_000
@@ -51,7 +62,7 @@ def new_ulid(now_ns: int, rng: Rng) -> bytes:
 
 
 class History:
-    """The DAG of snapshots and the refs into it."""
+    """The DAG of snapshots and the refs into it; may be used by several threads."""
 
     def __init__(
         self,
@@ -63,35 +74,56 @@ class History:
         rng: Rng,
         writer: str,
     ) -> None:
-        self._log = log
+        self.log = log
         self._projection = projection
         self._store = store
         self._memo = memo
         self._clock = clock
         self._rng = rng
         self._writer = writer
+        self._queue = Queue()
+        # Held while this process commits: one thread after the other, and until a failed commit is undone.
+        self._turn = threading.Lock()
+        self._checkpointing = threading.Lock()
+        self._committed = 0
+        self._marked = 0
 
     # -- reading
 
     def refresh(self) -> None:
-        """Bring the projection to the log's head; a projection of another history is rebuilt."""
-        seq, digest = self._projection.position()
-        head = self._log.head()
-        if (seq, digest) == head:
-            return
-        if seq > head[0] or self._log.hash_at(seq) != digest:
-            self._projection.clear()
-            seq = 0
-        self._projection.apply(self._decoded(seq))
+        """Bring the projection to the log's head; one of another history, or far behind, is restored."""
+        while True:
+            position = self._projection.position()
+            # Read after the position: whoever moved the one had seen the other.
+            head = self.log.head()
+            if position == head:
+                return
+            if self._follows(position, head):
+                self._projection.apply(self.records(position[0]))
+            else:
+                self._projection.restore(self._live(), expected=position)
 
     def rebuild(self) -> None:
-        """Make the projection anew from the log alone."""
-        self._projection.clear()
-        self._projection.apply(self._decoded(0))
+        """Make the projection anew from the whole log; where its beginning is damaged, from a checkpoint.
+
+        Raises:
+            IntegrityError: the log is damaged, and no checkpoint bridges it.
+        """
+
+        def build() -> None:
+            # Under the lock, where nobody commits on what stands before.
+            self._projection.restore(self._live(whole=True), expected=None)
+
+        with self._turn:
+            self.log.commit(build)
 
     def records(self, since: int = 0) -> Iterator[tuple[int, bytes, CommitRecord]]:
-        """(seq, hash, record) after `since`, oldest first."""
-        return self._decoded(since)
+        """(seq, hash, record) after `since`, oldest first. Raises IntegrityError."""
+        for seq, digest, body in self.log.read(since):
+            try:
+                yield seq, digest, msgspec.msgpack.decode(body, type=CommitRecord)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise IntegrityError(f"a commit record does not parse: {error}", object=f"record {seq}") from error
 
     def snapshot(self, name: str) -> Snapshot:
         """The snapshot that a branch, a tag or an id (or an unambiguous beginning of one) names.
@@ -152,12 +184,11 @@ class History:
         if branch is not None:
             _check_ref_name(branch)
 
-        def build() -> bytes:
-            self.refresh()
+        def build() -> Sequence[Operation]:
             if branch is not None and branch in self._projection.refs():
                 raise ConflictError(f"the name {branch!r} is taken", object=branch)
             source = self.snapshot(parent) if parent is not None else None
-            return self._encoded(self._opening(new_id, source, now, branch, tags or {}, provenance or {}))
+            return self._opening(new_id, source, now, branch, tags or {}, provenance or {})
 
         self._commit(build)
         return self.snapshot(new_id)
@@ -190,21 +221,11 @@ class History:
             SealedError: the snapshot was sealed meanwhile.
             StorageError: the disk refused; nothing of the batch is visible.
         """
-        origin = snapshot_bytes(target)
-
-        def build() -> bytes | None:
-            self.refresh()
-            found = self._open(target)
-            if self._store.epoch != epoch:
-                raise BusyError("an earlier failure took this batch's blobs with it", fix="write the batch again")
-            base = self.base_directory(found)
-            after = changing.apply(self._store, found.directory, base, origin, changes)
-            if after == found.directory:
-                return None
-            return self._encoded([Batch(target, found.directory, after)])
-
-        self._commit(build)
-        return self.snapshot(target)
+        request = Request(target, changes, epoch)
+        self._store.sync_ahead()
+        self._queue.pass_through(request, self._lead)
+        self._checkpoint()
+        return request.outcome()
 
     def seal(self, name: str) -> Snapshot:
         """End writing to a snapshot: its levels are computed, its Lamport time is set. Sealing twice is no change."""
@@ -214,13 +235,11 @@ class History:
             root = levels.levels_root(self._store, self._memo, found.directory)
             expected = found
 
-            def build(expected: Snapshot = expected, root: bytes = root) -> bytes | None:
-                self.refresh()
+            def build(expected: Snapshot = expected, root: bytes = root) -> Sequence[Operation]:
                 now = self.snapshot(expected.snapshot_id)
                 if now.sealed or now.directory != expected.directory:
-                    return None
-                lamport = self._projection.lamport() + 1
-                return self._encoded([Sealed(now.snapshot_id, now.directory, root, lamport)])
+                    return ()
+                return [Sealed(now.snapshot_id, now.directory, root, self._projection.lamport() + 1)]
 
             self._commit(build)
             found = self.snapshot(found.snapshot_id)
@@ -230,24 +249,22 @@ class History:
         """Point a tag or branch at a snapshot. Raises ConflictError when the name is of the other kind."""
         _check_ref_name(name)
 
-        def build() -> bytes:
-            self.refresh()
+        def build() -> Sequence[Operation]:
             taken = self._projection.refs().get(name)
             if taken is not None and (taken[0] != kind or kind == TAG):
                 raise ConflictError(f"{name!r} is already a {taken[0]}", object=name)
-            return self._encoded([RefSet(name, kind, self.snapshot(target).snapshot_id)])
+            return [RefSet(name, kind, self.snapshot(target).snapshot_id)]
 
         self._commit(build)
 
     def delete_ref(self, name: str) -> None:
         """Remove a branch or tag; the snapshot stays. Raises NotFoundError."""
 
-        def build() -> bytes:
-            self.refresh()
+        def build() -> Sequence[Operation]:
             taken = self._projection.refs().get(name)
             if taken is None:
                 raise NotFoundError(f"no branch or tag is called {name!r}", object=name)
-            return self._encoded([RefSet(name, taken[0], "")])
+            return [RefSet(name, taken[0], "")]
 
         self._commit(build)
 
@@ -256,7 +273,7 @@ class History:
         if not key:
             raise UsageError("an attribute's key is not empty")
         target = self.snapshot(name).snapshot_id
-        self._commit(lambda: self._encoded([AttributeSet(target, key, value)]))
+        self._commit(lambda: [AttributeSet(target, key, value)])
 
     def declare_stream(self, spec: StreamSpec) -> None:
         """Add a stream of the user's own.
@@ -267,14 +284,13 @@ class History:
         """
         _check_stream(spec)
 
-        def build() -> bytes | None:
-            self.refresh()
+        def build() -> Sequence[Operation]:
             known = STREAMS.get(spec.name) or self._projection.streams().get(spec.name)
             if known == spec:
-                return None
+                return ()
             if known is not None:
                 raise ConflictError("a stream of that name is declared otherwise", object=spec.name)
-            return self._encoded([StreamDeclared(spec)])
+            return [StreamDeclared(spec)]
 
         self._commit(build)
 
@@ -286,8 +302,7 @@ class History:
         """
         found = self.snapshot(name)
 
-        def build() -> bytes:
-            self.refresh()
+        def build() -> Sequence[Operation]:
             holders = [ref for ref, (_, held) in self._projection.refs().items() if held == found.snapshot_id]
             if holders:
                 raise ConflictError(
@@ -295,7 +310,7 @@ class History:
                     object=found.snapshot_id,
                     fix=f"delete the name first: `him branch {holders[0]} --delete`",
                 )
-            return self._encoded([SnapshotDropped(found.snapshot_id)])
+            return [SnapshotDropped(found.snapshot_id)]
 
         self._commit(build)
         return found
@@ -307,9 +322,9 @@ class History:
         now = self._clock.now_ns()
         new_id = snapshot_id(new_ulid(now, self._rng))
 
-        def build() -> bytes | None:
+        def build() -> Sequence[Operation]:
             head = self.snapshot(branch)
-            return self._encoded(self._opening(new_id, head, now, branch, {}, {})) if head.sealed else None
+            return self._opening(new_id, head, now, branch, {}, {}) if head.sealed else ()
 
         self._commit(build)
         return self.snapshot(branch)
@@ -341,37 +356,103 @@ class History:
             raise SealedError("the snapshot is sealed", object=target)
         return found
 
-    def _commit(self, build: Callable[[], bytes | None]) -> None:
-        """Run `build` under the log's lock; what it (or its batch) appended is durable before its record."""
-        closed = False
+    def _commit(self, build: Build) -> None:
+        """Commit what is no batch, in a record of its own."""
+        self._store.sync_ahead()
+        with self._turn:
+            self._record(build)
+        self._checkpoint()
 
-        def durable() -> bytes | None:
-            nonlocal closed
-            body = build()
-            if body is None:
-                return None
-            added = self._store.close_range()
-            closed = added is not None
-            return body if added is None else _with_range(body, added)
+    def _lead(self) -> None:
+        """Commit every batch that waits, in one record; each gets its result or its error."""
+        group: list[Request] = []
+
+        def build() -> Sequence[Operation]:
+            # As late as can be: those who came while others held the log's lock are taken along.
+            group.extend(self._queue.take())
+            return self._batches(group)
 
         try:
-            self._log.commit(durable)
+            with self._turn:
+                self._record(build)
+        except HimError as error:
+            if not group:
+                raise
+            for request in group:
+                request.fail(error)
+        except BaseException:
+            for request in group:
+                request.fail(BusyError("the commit was interrupted", fix="write the batch again"))
+            raise
+        finally:
+            for request in group:
+                request.settle()
+
+    def _batches(self, group: Sequence[Request]) -> Sequence[Operation]:
+        """One batch after the other; a request that may not be committed fails alone."""
+        staged: dict[SnapshotId, bytes] = {}
+        operations: list[Operation] = []
+        for request in group:
+            request.error = None
+            try:
+                found = self._open(request.target)
+                if self._store.epoch != request.epoch:
+                    raise BusyError("an earlier failure took this batch's blobs with it", fix="write the batch again")
+                before = staged.get(request.target, found.directory)
+                base, origin = self.base_directory(found), snapshot_bytes(request.target)
+                after = changing.apply(self._store, before, base, origin, request.changes)
+            except HimError as error:
+                request.fail(error)
+                continue
+            request.result = msgspec.structs.replace(found, directory=after)
+            if after != before:
+                staged[request.target] = after
+                operations.append(Batch(request.target, before, after))
+        return operations
+
+    def _record(self, build: Build) -> None:
+        """Commit a record, what it names being durable before it. Only with the turn held."""
+        closed: list[PackRange] = []
+
+        def durable() -> bytes | None:
+            self.refresh()
+            epoch = self._store.epoch
+            operations = build()
+            if not operations:
+                return None
+            added = self._store.close_range()
+            if added is not None:
+                closed.append(added)
+            if self._store.epoch != epoch:
+                raise BusyError("a failed write took the pages with it", fix="write the batch again")
+            return self._encoded([*closed, *operations])
+
+        try:
+            self._committed = self.log.commit(durable)
         except BaseException:
             if closed:
                 # The range's blobs were taken for stored, but no record will ever name them.
                 self._store.abandon()
             raise
-        self.refresh()
-        self._store.committed()
         with contextlib.suppress(HimError):
-            # The batch is durable, whatever becomes of this: a pack without a footer is whole too.
+            # The record is durable, whatever becomes of this: the projection catches up at the next look, and a pack
+            # without a footer is whole too.
+            self.refresh()
+            self._store.committed()
             self._finish_pack()
 
     def _finish_pack(self) -> None:
         finished = self._store.finish_if_large()
-        if finished is not None:
-            self._log.commit(lambda: self._encoded([finished]))
-            self.refresh()
+        if not finished:
+            return
+        try:
+            self.log.commit(lambda: self._encoded(finished))
+        except BaseException:
+            # What was still pending in it has no record to name it.
+            self._store.abandon()
+            raise
+        self.refresh()
+        self._store.committed()
 
     def _prepare(self) -> None:
         """Before the first blob of a batch: take up a pack under the log's lock, where nobody can commit to it."""
@@ -382,26 +463,51 @@ class History:
             self.refresh()
             self._store.continue_pack()
 
-        self._log.commit(build)
+        with self._turn:
+            self.log.commit(build)
+
+    def _follows(self, position: tuple[int, bytes], head: tuple[int, bytes]) -> bool:
+        """Whether the projection is of this log, and reading on is less than restoring it from a checkpoint."""
+        seq, digest = position
+        if seq > head[0]:
+            return False
+        if head[0] - seq > CHECKPOINT_RECORDS and max(self.log.checkpoints(), default=0) > seq + CHECKPOINT_RECORDS:
+            return False
+        try:
+            return self.log.hash_at(seq) == digest
+        except IntegrityError:
+            # The way there is damaged: a checkpoint may stand beyond.
+            return False
+
+    def _live(self, *, whole: bool = False) -> LiveState:
+        """The state at the log's head, from the newest checkpoint on; or from the beginning as far as it is sound."""
+        if whole:
+            with contextlib.suppress(IntegrityError):
+                return self._folded(LiveState())
+        return self._folded(checkpoint.newest(self.log))
+
+    def _folded(self, start: LiveState) -> LiveState:
+        fold = Fold(start)
+        fold.apply(self.records(start.seq))
+        return fold.state()
+
+    def _checkpoint(self) -> None:
+        """Write the checkpoint at the last mark this process went past, unless it is there. Failing is no error."""
+        mark = self._committed // CHECKPOINT_RECORDS * CHECKPOINT_RECORDS
+        if mark <= self._marked or not self._checkpointing.acquire(blocking=False):
+            return
+        try:
+            self._marked = mark
+            with contextlib.suppress(HimError):
+                if max(self.log.checkpoints(), default=0) < mark:
+                    fold = Fold(checkpoint.newest(self.log, up_to=mark))
+                    fold.apply(itertools.islice(self.records(fold.seq), mark - fold.seq))
+                    self.log.put_checkpoint(mark, checkpoint.encode(fold.state()))
+        finally:
+            self._checkpointing.release()
 
     def _encoded(self, operations: Sequence[Operation]) -> bytes:
         return msgspec.msgpack.encode(CommitRecord(self._clock.now_ns(), self._writer, tuple(operations)))
-
-    def _decoded(self, since: int) -> Iterator[tuple[int, bytes, CommitRecord]]:
-        for seq, digest, body in self._log.read(since):
-            try:
-                yield seq, digest, _decode(body)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise IntegrityError(f"a commit record does not parse: {error}", object=f"record {seq}") from error
-
-
-def _with_range(body: bytes, added: PackRange) -> bytes:
-    record = _decode(body)
-    return msgspec.msgpack.encode(CommitRecord(record.time_ns, record.writer, (added, *record.operations)))
-
-
-def _decode(body: bytes) -> CommitRecord:
-    return msgspec.msgpack.decode(body, type=CommitRecord)
 
 
 def _check_stream(spec: StreamSpec) -> None:

@@ -6,6 +6,10 @@ broken record with a whole one behind it is rot, not a torn tail, and is reporte
 
 Record: magic `HLOG`, body length u32, sequence number u64, hash of the record before (32), body, digest of all
 that (32), which is the record's hash, and the record's whole length u32, by which a reader walks back from the end.
+
+The lock is not fair by itself: who gives it back and wants it again is awake, while those who wait must be woken. A
+second file is a turnstile: its lock is taken first and given back once the main lock is held, so that there is
+always one who comes next, and whoever had the main lock last has to queue behind it.
 """
 
 import contextlib
@@ -16,19 +20,27 @@ from typing import Final
 
 from blake3 import blake3
 
-from him.config import LOG_RECORD_BYTES_MAX
-from him.errors import IntegrityError, LimitError, NotFoundError, StorageError
+from him.catalog import checkpoint as checkpoints
+from him.catalog.checkpoint import HEAD_BYTES, Mark
+from him.config import CHECKPOINT_BYTES_MAX, CHECKPOINTS_KEPT, LOG_RECORD_BYTES_MAX
+from him.errors import HimError, IntegrityError, LimitError, NotFoundError, StorageError
 from him.ports import Disk, File
 
 LOG_PATH: Final = "log/000001.log"
 END_PATH: Final = "log/end"
+TURN_PATH: Final = "log/turn"
+CHECKPOINT_FOLDER: Final = "log/checkpoints"
 _MAGIC: Final = b"HLOG"
 _HEAD: Final = struct.Struct("<4sIQ32s")
 _DIGEST: Final = 32
 _SIZE: Final = 4
+_LEAST: Final = _HEAD.size + _DIGEST + _SIZE
 _TRIES: Final = 5
 _END: Final = struct.Struct("<QQ32s")
-_START: Final = (0, 0, bytes(32))
+_START: Final = Mark(0, 0, bytes(32))
+_NAME_DIGITS: Final = 16
+_WALK_MAX: Final = 100
+"""Records walked back from the end (or forward from the beginning) before checkpoints are asked for a nearer place."""
 
 
 class FileLog:
@@ -42,6 +54,7 @@ class FileLog:
         except NotFoundError as error:
             raise IntegrityError("the commit log is missing", place=LOG_PATH) from error
         self._end = disk.open(END_PATH, create=not read_only)
+        self._turn = None if read_only else disk.open(TURN_PATH, create=True)
         self._last = _START
         self._undone: int | None = None
         # The file's lock holds between processes; threads of one share its descriptor.
@@ -51,7 +64,7 @@ class FileLog:
     @staticmethod
     def create(disk: Disk) -> None:
         """Make an empty log."""
-        for path in (LOG_PATH, END_PATH):
+        for path in (LOG_PATH, END_PATH, TURN_PATH):
             file = disk.open(path, create=True)
             file.sync()
             file.close()
@@ -59,8 +72,8 @@ class FileLog:
 
     def head(self) -> tuple[int, bytes]:
         """(seq, hash) of the last published record."""
-        seq, _, digest = self._published()
-        return seq, digest
+        found = self._published()
+        return found.seq, found.hash
 
     def read(self, since: int) -> Iterator[tuple[int, bytes, bytes]]:
         """(seq, hash, body) after `since`, up to the published end.
@@ -68,14 +81,14 @@ class FileLog:
         Raises:
             IntegrityError: a record below the published end is damaged or out of order.
         """
-        last, end, _ = self._published()
-        if since >= last:
+        last = self._published()
+        if since >= last.seq:
             return
         seq, offset = since, self._end_of(since)
-        before = self._file.read_at(offset - _SIZE - _DIGEST, _DIGEST) if seq else bytes(_DIGEST)
-        while seq < last:
+        before = self._hash_before(offset)
+        while seq < last.seq:
             record = _parse(self._file, offset, seq + 1, before)
-            if record is None or record[2] > end:
+            if record is None or record[2] > last.end:
                 raise _damaged(seq + 1, offset)
             body, before, offset = record
             seq += 1
@@ -83,7 +96,7 @@ class FileLog:
 
     def hash_at(self, seq: int) -> bytes:
         """Hash of a published record; zeros for 0. Raises IntegrityError."""
-        return self._file.read_at(self._end_of(seq) - _SIZE - _DIGEST, _DIGEST) if seq else bytes(_DIGEST)
+        return self._hash_before(self._end_of(seq))
 
     def commit(self, build: Callable[[], bytes | None]) -> int:
         """Append under the lock: durable first, then published.
@@ -92,101 +105,201 @@ class FileLog:
             StorageError: the disk refused; the record will not be found, unless undoing it was refused too.
         """
         with self._threads:
-            return self._commit(build)
+            self._lock()
+            try:
+                return self._commit(build)
+            finally:
+                self._file.unlock()
+
+    def checkpoints(self) -> list[int]:
+        """Sequence numbers of the checkpoints kept, newest first; those beyond the head belong to another log."""
+        last = self._published().seq
+        return [seq for seq in self._checkpoint_names() if seq <= last]
+
+    def checkpoint(self, seq: int) -> tuple[bytes, bytes]:
+        """(hash, body) of a checkpoint that verifies and belongs to this log.
+
+        Raises:
+            NotFoundError, IntegrityError, VersionError.
+        """
+        path = _checkpoint_path(seq)
+        file = self._disk.open(path)
+        try:
+            if file.size() > CHECKPOINT_BYTES_MAX:
+                raise IntegrityError("a checkpoint is larger than any can be", object=f"checkpoint {seq}", place=path)
+            mark, body = checkpoints.decode_file(file.read_at(0, file.size()), path)
+        finally:
+            file.close()
+        if mark.seq != seq or not self._holds(mark):
+            raise IntegrityError("a checkpoint is not of this log", object=f"checkpoint {seq}", place=path)
+        return mark.hash, body
+
+    def put_checkpoint(self, seq: int, body: bytes) -> None:
+        """Write one in one go, then remove older ones but the newest few.
+
+        Raises:
+            StorageError: the disk refused. LimitError: it is too large.
+        """
+        if len(body) + HEAD_BYTES > CHECKPOINT_BYTES_MAX:
+            raise LimitError(f"a checkpoint holds at most {CHECKPOINT_BYTES_MAX} bytes")
+        end = self._end_of(seq)
+        mark = Mark(seq, end, self._hash_before(end))
+        new_folder = not self._checkpoint_names()
+        self._disk.write_whole(_checkpoint_path(seq), checkpoints.encode_file(mark, body))
+        if new_folder:
+            self._disk.sync_folder("log")
+        names = self._checkpoint_names()
+        # Asked for after the names: what another process has put is not beyond it.
+        last = self._published().seq
+        kept = [known for known in names if known <= last][:CHECKPOINTS_KEPT]
+        for old in set(names) - set(kept):
+            self._disk.remove(_checkpoint_path(old))
+
+    def _lock(self) -> None:
+        """Wait for the lock in the turnstile."""
+        if self._turn is None:
+            self._file.lock(wait=True)
+            return
+        self._turn.lock(wait=True)
+        try:
+            self._file.lock(wait=True)
+        finally:
+            self._turn.unlock()
 
     def _commit(self, build: Callable[[], bytes | None]) -> int:
-        self._file.lock(wait=True)
+        self._finish_tail()
+        body = build()
+        seq, offset, before = self._last
+        if body is None:
+            return seq
+        if len(body) > LOG_RECORD_BYTES_MAX:
+            raise LimitError(f"a commit record holds at most {LOG_RECORD_BYTES_MAX} bytes; got {len(body)}")
+        head = _HEAD.pack(_MAGIC, len(body), seq + 1, before) + body
+        digest = blake3(head).digest()
         try:
-            self._finish_tail()
-            body = build()
-            seq, offset, before = self._published()
-            if body is None:
-                return seq
-            if len(body) > LOG_RECORD_BYTES_MAX:
-                raise LimitError(f"a commit record holds at most {LOG_RECORD_BYTES_MAX} bytes; got {len(body)}")
-            head = _HEAD.pack(_MAGIC, len(body), seq + 1, before) + body
-            digest = blake3(head).digest()
-            try:
-                size = len(head) + _DIGEST + _SIZE
-                self._file.write_at(offset, head + digest + size.to_bytes(_SIZE, "little"))
-                self._file.sync()
-            except BaseException:
-                # Nothing of a failed commit may be found by the next holder.
-                self._undone = offset
-                self._file.truncate(offset)
-                self._undone = None
-                raise
-            self._publish((seq + 1, offset + size, digest))
-            return seq + 1
-        finally:
-            self._file.unlock()
+            size = len(head) + _DIGEST + _SIZE
+            self._file.write_at(offset, head + digest + size.to_bytes(_SIZE, "little"))
+            self._file.sync()
+        except BaseException:
+            # Nothing of a failed commit may be found by the next holder.
+            self._undone = offset
+            self._file.truncate(offset)
+            self._undone = None
+            raise
+        self._publish(Mark(seq + 1, offset + size, digest))
+        return seq + 1
 
     def close(self) -> None:
         """Release the files."""
         self._file.close()
         self._end.close()
+        if self._turn is not None:
+            self._turn.close()
 
     def _recover(self) -> None:
         """At opening, when no writer is alive: publish or cut what the last one left (or look behind the end)."""
         if self._file.lock(wait=False):
             try:
-                if self._read_only:
-                    self._last = self._whole(self._published())
-                else:
-                    self._finish_tail()
+                self._finish_tail()
             finally:
                 self._file.unlock()
 
-    def _whole(self, start: tuple[int, int, bytes]) -> tuple[int, int, bytes]:
+    def _whole(self, start: Mark) -> Mark:
         """The end of the last whole record from `start` on."""
         seq, offset, before = start
         while (record := _parse(self._file, offset, seq + 1, before)) is not None:
             _, before, offset = record
             seq += 1
-        return seq, offset, before
+        return Mark(seq, offset, before)
 
     def _finish_tail(self) -> None:
+        """Under the lock: what lies beyond the published end is published where it is whole, and cut where not."""
         start = self._published()
-        if self._undone == start[1]:
+        if self._read_only:
+            self._last = self._whole(start)
+            return
+        if self._undone == start.end:
             # The record of our failed commit could not be cut then; nobody took it for whole since.
-            self._file.truncate(start[1])
+            self._file.truncate(start.end)
         self._undone = None
-        seq, offset, before = self._whole(start)
         size = self._file.size()
-        if offset < size:
-            if _has_whole_record(self._file, offset + 1, size, seq + 1):
-                raise _damaged(seq + 1, offset)
-            self._file.truncate(offset)
-        if (seq, offset, before) != self._written_end():
+        if start.end < size:
+            # An end that a power loss left far behind is caught up with from the newest checkpoint.
+            start = max([start, *self._marks()])
+        found = self._whole(start)
+        if found.end < size:
+            if _has_whole_record(self._file, found.end + 1, size, found.seq + 1):
+                raise _damaged(found.seq + 1, found.end)
+            self._file.truncate(found.end)
+        if found != self._written_end():
             self._file.sync()
-            self._publish((seq, offset, before))
+            self._publish(found)
 
     def _end_of(self, seq: int) -> int:
-        """Where record `seq` ends, by walking back from the published end.
+        """Where record `seq` ends, by walking from the nearest place that is known.
 
         Raises:
             IntegrityError: a length on the way is damaged.
         """
-        last, offset, _ = self._published()
-        if seq == 0:
-            return 0
-        for number in range(last, seq, -1):
+        known = [_START, self._published()]
+        if min(abs(mark.seq - seq) for mark in known) > _WALK_MAX:
+            known += self._marks()
+        at, offset, _ = min(known, key=lambda mark: abs(mark.seq - seq))
+        while at < seq:
+            size = self._size_from_head(offset, at + 1)
+            at, offset = at + 1, offset + size
+        while at > seq:
             size = int.from_bytes(self._file.read_at(offset - _SIZE, _SIZE), "little")
-            if not _HEAD.size + _DIGEST + _SIZE <= size <= offset:
-                raise _damaged(number, offset)
-            offset -= size
+            if not _LEAST <= size <= offset:
+                raise _damaged(at, offset)
+            at, offset = at - 1, offset - size
         return offset
 
-    def _published(self) -> tuple[int, int, bytes]:
-        """(seq, end offset, hash). An end file that does not verify is damaged: the last whole record is the end."""
+    def _size_from_head(self, offset: int, seq: int) -> int:
+        head = self._file.read_at(offset, _HEAD.size)
+        if len(head) == _HEAD.size:
+            magic, size, own_seq, _ = _HEAD.unpack(head)
+            if (magic, own_seq) == (_MAGIC, seq):
+                return size + _LEAST
+        raise _damaged(seq, offset)
+
+    def _hash_before(self, offset: int) -> bytes:
+        """Hash of the record that ends at `offset`."""
+        return self._file.read_at(offset - _SIZE - _DIGEST, _DIGEST) if offset else bytes(_DIGEST)
+
+    def _holds(self, mark: Mark) -> bool:
+        """Whether the log has that record in that place."""
+        return _LEAST <= mark.end <= self._file.size() and self._hash_before(mark.end) == mark.hash
+
+    def _marks(self) -> list[Mark]:
+        """The places checkpoints name, newest first, as far as the log confirms them."""
+        marks: list[Mark] = []
+        for seq in self._checkpoint_names():
+            path = _checkpoint_path(seq)
+            with contextlib.suppress(HimError):
+                file = self._disk.open(path)
+                try:
+                    mark = checkpoints.decode_head(file.read_at(0, HEAD_BYTES), path)
+                finally:
+                    file.close()
+                if self._holds(mark):
+                    marks.append(mark)
+        return marks
+
+    def _checkpoint_names(self) -> list[int]:
+        names = self._disk.list(CHECKPOINT_FOLDER)
+        return sorted((int(name) for name in names if len(name) == _NAME_DIGITS and name.isdecimal()), reverse=True)
+
+    def _published(self) -> Mark:
+        """The published end. An end file that does not verify is damaged: the last whole record is the end."""
         found = self._written_end()
         if found is None:
-            found = self._whole(self._last)
+            found = self._whole(max([self._last, *self._marks()]))
         # This process may know of a record whose end could not be written.
         self._last = max(self._last, found)
         return self._last
 
-    def _written_end(self) -> tuple[int, int, bytes] | None:
+    def _written_end(self) -> Mark | None:
         """What the end file says; None when it is damaged."""
         for _ in range(_TRIES):
             # A reader may see half of what a writer is just publishing; the next look sees it whole.
@@ -194,10 +307,10 @@ class FileLog:
             if not data:
                 return _START
             if blake3(data[: _END.size]).digest() == data[_END.size :]:
-                return _END.unpack(data[: _END.size])
+                return Mark(*_END.unpack(data[: _END.size]))
         return None
 
-    def _publish(self, end: tuple[int, int, bytes]) -> None:
+    def _publish(self, end: Mark) -> None:
         """Let others see what is durable.
 
         That it is durable has decided its fate: after a refusal here the next holder of the lock publishes it.
@@ -206,6 +319,10 @@ class FileLog:
         data = _END.pack(*end)
         with contextlib.suppress(StorageError):
             self._end.write_at(0, data + blake3(data).digest())
+
+
+def _checkpoint_path(seq: int) -> str:
+    return f"{CHECKPOINT_FOLDER}/{seq:0{_NAME_DIGITS}d}"
 
 
 def _parse(file: File, offset: int, seq: int, before: bytes) -> tuple[bytes, bytes, int] | None:

@@ -59,11 +59,10 @@ class PackWriter:
             return places
 
     def close_range(self) -> PackRange:
-        """Write the index record of what was appended since the last range, and make it all durable."""
+        """Write the index record of what was appended since the last range; durable once the file is synced."""
         with self._lock:
             root = merkle.root(self._leaves)
             index_offset, end = self._index(KIND_INDEX, layout.rows_of(self._rows), root)
-            self.file.sync()
             closed = PackRange(self.name, self._start, index_offset, end, root)
             self._start = self._end = end
             self._rows, self._leaves = [], []
@@ -127,6 +126,21 @@ def read_index(file: File, named: PackRange) -> layout.Rows:
         start, merkle_root = -1, b""
     if record.header.kind != KIND_INDEX or start != named.start or merkle_root != named.merkle_root:
         raise IntegrityError("the index record is not the one committed", place=place)
+    return layout.decode_rows(record.stored, place)
+
+
+def read_footer(file: File, finished: PackFinished) -> layout.Rows:
+    """Rows (blob_id, offset, length, kind) of all ranges of a finished pack.
+
+    Raises:
+        IntegrityError: trailer or footer is damaged or not the one the commit record names.
+    """
+    at = finished.size - layout.TRAILER_BYTES
+    offset, size, root = layout.decode_trailer(file.read_at(at, layout.TRAILER_BYTES), f"{finished.pack} @ {at}")
+    place = f"{finished.pack} @ {offset}"
+    record = read_record(file, finished.pack, offset, size)
+    if record.header.kind != KIND_FOOTER or root != finished.merkle_root or offset + size != at:
+        raise IntegrityError("the footer is not the one committed", place=place)
     return layout.decode_rows(record.stored, place)
 
 

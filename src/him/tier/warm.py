@@ -19,14 +19,16 @@ from him.config import (
     BUFFERS_KEPT_BYTES,
     CHUNKS_FROM_BYTES,
     DELTA_FROM_BYTES,
+    PACK_RANGES_MAX,
     PACK_TARGET_BYTES,
     PAGE_CACHE_BYTES,
     PARTS_DEPTH_MAX,
     READ_THREADS_MAX,
+    SYNC_AHEAD_BYTES,
 )
 from him.errors import BusyError, IntegrityError, NotFoundError
 from him.pack import format as layout
-from him.pack.file import PackWriter, read_index, read_record
+from him.pack.file import PackWriter, read_footer, read_index, read_record
 from him.pack.format import Draft
 from him.ports import Disk, File, Projection, Rng
 from him.tier.address import AddressIndex, Location
@@ -150,6 +152,9 @@ class WarmStore:
         self._addresses_sound = False
         self._pending: dict[bytes, tuple[str, Location]] = {}
         self._writer: PackWriter | None = None
+        self._ranges = 0
+        self._synced: tuple[PackWriter | None, int] = (None, 0)
+        self._syncing = threading.RLock()
         self._spoiled: set[str] = set()
         # Verified payloads as they were written or read, and what they were parsed into.
         self._pages = _Recent[bytes](PAGE_CACHE_BYTES // 4)
@@ -295,8 +300,11 @@ class WarmStore:
         with self._appending, self._lock:
             if self._writer is not None:
                 return
-            ends = {named.pack: named.end for _, named in self._projection.ranges(0)}
-            for name in sorted(ends.keys() - self._projection.finished_packs().keys() - self._spoiled):
+            growing: dict[str, list[PackRange]] = {}
+            for _, named in self._projection.pack_changes(0):
+                if isinstance(named, PackRange):
+                    growing.setdefault(named.pack, []).append(named)
+            for name in sorted(growing.keys() - self._spoiled):
                 try:
                     file = self._disk.open(name)
                 except NotFoundError:
@@ -304,54 +312,83 @@ class WarmStore:
                 if not file.lock(wait=False):
                     file.close()
                     continue
-                if file.size() > ends[name]:
+                end = growing[name][-1].end
+                if file.size() > end:
                     # Whatever lies beyond the last committed range was left by a process that died.
-                    file.truncate(ends[name])
+                    file.truncate(end)
                 if name in self._files:
                     # Another thread may be reading through it: closed with the store.
                     self._retired.append(self._files[name])
                 self._files[name] = file
-                self._writer = PackWriter(file, name, ends[name])
+                self._writer, self._ranges = PackWriter(file, name, end), len(growing[name])
+                self._synced = (self._writer, end)
                 return
+
+    def sync_ahead(self) -> None:
+        """Make much that was appended durable while nobody waits; under the log's lock only little is then left.
+
+        Raises:
+            StorageError: the disk refused; the pack is abandoned.
+        """
+        if self._unsynced()[1] < SYNC_AHEAD_BYTES:
+            return
+        with self._syncing:
+            # Again, for another thread may just have done it.
+            writer, size = self._unsynced()
+            if writer is not None and size >= SYNC_AHEAD_BYTES:
+                end = writer.end
+                self._sync(writer)
+                self._synced = (writer, end)
 
     def close_range(self) -> PackRange | None:
         """Make all that was appended durable; None when nothing was. After a failure the pack is abandoned."""
-        with self._appending, self._lock:
-            if self._writer is None or not self._pending:
-                return None
-            try:
-                return self._writer.close_range()
-            except BaseException:
-                # After a failed sync nobody knows what the pack holds: this process never writes to it again.
-                self._spoiled.add(self._writer.name)
-                self.abandon()
-                raise
+        with self._syncing:
+            with self._appending, self._lock:
+                writer = self._writer
+                if writer is None or not self._pending:
+                    return None
+                try:
+                    closed = writer.close_range()
+                except BaseException:
+                    self._spoil(writer)
+                    raise
+                self._ranges += 1
+            # Others may append meanwhile: what they add belongs to the next range.
+            self._sync(writer)
+            self._synced = (writer, closed.end)
+            return closed
 
     def committed(self) -> None:
         """The last range was named by a commit record: its blobs are now found through the addresses."""
-        with self._appending, self._lock:
+        with self._lock:
             self.refresh()
             # What another thread has put since the range was closed waits for its own.
             find = self._addresses.find
             self._pending = {blob: at for blob, at in self._pending.items() if find(BlobId(blob)) is None}
 
-    def finish_if_large(self) -> PackFinished | None:
-        """Give the writer's pack its footer once it is large; the next write opens another."""
-        with self._appending, self._lock:
+    def finish_if_large(self) -> tuple[PackRange | PackFinished, ...]:
+        """Give the writer's pack its footer once it is large, or of many ranges; the next write opens another.
+
+        What other threads have appended meanwhile becomes a last range, which the same record must name.
+        """
+        with self._syncing, self._appending, self._lock:
             writer = self._writer
-            if writer is None or self._pending or writer.end < PACK_TARGET_BYTES:
-                return None
-            ranges = [named for _, named in self._projection.ranges(0) if named.pack == writer.name]
-            rows = np.concatenate([read_index(writer.file, named) for named in ranges])
+            if writer is None or (writer.end < PACK_TARGET_BYTES and self._ranges < PACK_RANGES_MAX):
+                return ()
             try:
+                last = self.close_range()
+                ranges = [named for _, named in self._projection.pack_changes(0) if isinstance(named, PackRange)]
+                ranges = [named for named in ranges if named.pack == writer.name] + ([last] if last else [])
+                if not _contiguous(ranges, writer.end):
+                    raise IntegrityError("the projection does not know every range of the pack", place=writer.name)
+                rows = np.concatenate([read_index(writer.file, named) for named in ranges])
                 finished = writer.finish(rows, [named.merkle_root for named in ranges])
             except BaseException:
-                self._spoiled.add(writer.name)
+                self._spoil(writer)
                 raise
-            finally:
-                writer.file.unlock()
-                self._writer = None
-            return finished
+            writer.file.unlock()
+            self._writer, self._ranges = None, 0
+            return (finished,) if last is None else (last, finished)
 
     def abandon(self) -> None:
         """Forget the writer's pack and what was appended but not committed (after a failed write or sync)."""
@@ -361,23 +398,24 @@ class WarmStore:
                 self._retired.append(self._writer.file)
                 self._files.pop(self._writer.name, None)
                 self._writer.file.unlock()
-            self._writer, self._pending = None, {}
+            self._writer, self._ranges, self._pending = None, 0, {}
             self._pages.clear()
             self._parsed.clear()
             self.epoch += 1
 
     def refresh(self) -> None:
-        """Learn the ranges committed since the last look."""
+        """Learn what was committed since the last look: a finished pack from its footer, others range by range."""
         with self._lock:
-            since = self._addresses.position
+            head, _ = self._projection.position()
             if not self._addresses_loaded:
-                self._addresses.load(self._projection.position()[0])
-                self._addresses_loaded, since = True, 0
-            for seq, named in self._projection.ranges(since):
-                # Numbers go by the pack's rank in the log, so those behind the loaded segments are counted too.
-                number = self._number(named.pack)
-                if seq > self._addresses.position:
-                    self._addresses.add(seq, number, read_index(self._file(named.pack), named))
+                self._addresses.load(head)
+                self._addresses_loaded = True
+            changes = self._projection.pack_changes(self._addresses.position)
+            self._learn_names()
+            for seq, named in changes:
+                self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
+            # Records without rows count too, or every look-up of an unknown blob would ask again.
+            self._addresses.position = max(self._addresses.position, head)
             self._addresses.flush()
 
     def forget_addresses(self) -> None:
@@ -587,12 +625,41 @@ class WarmStore:
         self._writer = PackWriter(file, name, layout.FILE_HEADER_BYTES)
         return self._writer
 
-    def _number(self, name: str) -> int:
-        number = self._numbers.get(name)
-        if number is None:
-            number = self._numbers[name] = len(self._names)
+    def _unsynced(self) -> tuple[PackWriter | None, int]:
+        """The pack that is written to, and about how many of its bytes were never synced."""
+        with self._lock:
+            writer, (synced, end) = self._writer, self._synced
+            return writer, 0 if writer is None else writer.end - (end if synced is writer else 0)
+
+    def _sync(self, writer: PackWriter) -> None:
+        """Sync the pack, one thread at a time: of two at once only one would be told of a failed write."""
+        if self._writer is not writer:
+            raise BusyError("an earlier failure took the pack with it", place=writer.name, fix="write the batch again")
+        try:
+            writer.file.sync()
+        except BaseException:
+            self._spoil(writer)
+            raise
+
+    def _spoil(self, writer: PackWriter) -> None:
+        """After a failed sync nobody knows what the pack holds: this process never writes to it again."""
+        self._spoiled.add(writer.name)
+        self.abandon()
+
+    def _rows(self, named: PackRange | PackFinished) -> layout.Rows:
+        if isinstance(named, PackRange):
+            return read_index(self._file(named.pack), named)
+        file = self._disk.open(named.pack)
+        try:
+            return read_footer(file, named)
+        finally:
+            file.close()
+
+    def _learn_names(self) -> None:
+        """Packs are numbered by rank in the log; address segments, loaded ones too, hold these numbers."""
+        for name in self._projection.packs(len(self._names)):
+            self._numbers[name] = len(self._names)
             self._names.append(name)
-        return number
 
     def _file(self, name: str) -> File:
         with self._lock:
@@ -604,6 +671,12 @@ class WarmStore:
                     raise IntegrityError("a pack is missing", place=name) from error
                 self._files[name] = file
             return file
+
+
+def _contiguous(ranges: list[PackRange], end: int) -> bool:
+    """Whether the ranges fill a pack from its header to `end`."""
+    starts = [named.start for named in ranges] + [end]
+    return starts == [layout.FILE_HEADER_BYTES] + [named.end for named in ranges]
 
 
 def _checked(record: layout.Record, place: str) -> Blob:

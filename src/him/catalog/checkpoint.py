@@ -1,0 +1,196 @@
+"""Checkpoints: all that the log's records leave standing at one of them, so that opening never reads them all.
+
+`Fold` is what the log means, record by record; the projection says the same in SQL, and fsck compares the two. A
+checkpoint is the fold at a record, made from the log and the checkpoint before, never from the projection, which has
+no digests. So its bytes follow from the log alone, whoever writes it.
+
+File: magic `HIMCKPT` 1, version u16, six zeros, sequence number u64, end offset of that record in the log u64, its
+hash (32), digest of these 64 bytes and the body (32), body (MessagePack).
+"""
+
+import struct
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+import msgspec
+from blake3 import blake3
+
+from him.errors import HimError, IntegrityError, VersionError
+from him.ports import CommitLog
+from him.types import (
+    AttributeSet,
+    Batch,
+    CommitRecord,
+    LiveState,
+    Operation,
+    PackFinished,
+    PackRange,
+    PackState,
+    RefSet,
+    Sealed,
+    SnapshotDropped,
+    SnapshotId,
+    SnapshotOpened,
+    StreamDeclared,
+    StreamSpec,
+)
+
+_MAGIC: Final = b"HIMCKPT\x01"
+_VERSION: Final = 1
+_HEAD: Final = struct.Struct("<8sH6sQQ32s")
+_DIGEST: Final = 32
+HEAD_BYTES: Final = _HEAD.size + _DIGEST
+
+
+class Mark(NamedTuple):
+    """A place in the log: sequence number, end offset and hash of a record."""
+
+    seq: int
+    end: int
+    hash: bytes
+
+
+class _Pack:
+    """A pack as the fold holds it."""
+
+    def __init__(self, state: PackState) -> None:
+        self.seq = state.seq
+        self.ranges = list(state.ranges)
+        self.finished = state.finished
+
+
+class Fold:
+    """The live state as one record after the other changes it."""
+
+    def __init__(self, start: LiveState = LiveState()) -> None:
+        self.seq, self._hash, self._lamport = start.seq, start.hash, start.lamport
+        self._snapshots = {one.snapshot_id: (seq, one) for seq, one in start.snapshots}
+        self._refs = {name: (kind, target) for name, kind, target in start.refs}
+        self._streams: dict[str, StreamSpec] = {spec.name: spec for spec in start.streams}
+        self._packs = {pack.name: _Pack(pack) for pack in start.packs}
+
+    def apply(self, records: Iterable[tuple[int, bytes, CommitRecord]]) -> None:
+        """Take in records that follow in order."""
+        for seq, digest, record in records:
+            for operation in record.operations:
+                self._apply(seq, operation)
+            self.seq, self._hash = seq, digest
+
+    def state(self) -> LiveState:
+        """What stands now; equal histories give equal states."""
+        return LiveState(
+            self.seq,
+            self._hash,
+            self._lamport,
+            tuple(sorted(self._snapshots.values(), key=lambda found: (found[0], found[1].snapshot_id))),
+            tuple((name, *self._refs[name]) for name in sorted(self._refs)),
+            tuple(self._streams[name] for name in sorted(self._streams)),
+            tuple(PackState(name, pack.seq, tuple(pack.ranges), pack.finished) for name, pack in self._packs.items()),
+        )
+
+    def _apply(self, seq: int, operation: Operation) -> None:
+        match operation:
+            case SnapshotOpened():
+                self._snapshots[operation.snapshot_id] = (seq, operation.snapshot())
+            case Batch():
+                self._change(operation.snapshot_id, directory=operation.directory)
+            case Sealed():
+                # Kept apart from the snapshots: a time is not given twice, even if its snapshot was dropped.
+                self._lamport = max(self._lamport, operation.lamport)
+                self._change(operation.snapshot_id, **operation.fields())
+            case AttributeSet():
+                self._tag(operation)
+            case SnapshotDropped():
+                self._snapshots.pop(operation.snapshot_id, None)
+            case RefSet() if operation.snapshot_id:
+                self._refs[operation.name] = (operation.kind, operation.snapshot_id)
+            case RefSet():
+                self._refs.pop(operation.name, None)
+            case StreamDeclared():
+                self._streams[operation.spec.name] = operation.spec
+            case PackRange():
+                pack = self._packs.setdefault(operation.pack, _Pack(PackState(operation.pack, seq)))
+                pack.seq = seq
+                pack.ranges.append((seq, operation))
+            case PackFinished():
+                pack = self._packs.setdefault(operation.pack, _Pack(PackState(operation.pack, seq)))
+                # Its footer has the rows of all its ranges.
+                pack.ranges, pack.finished = [], operation
+
+    def _change(self, snapshot_id: SnapshotId, **fields: object) -> None:
+        found = self._snapshots.get(snapshot_id)
+        if found is not None:
+            self._snapshots[snapshot_id] = (found[0], msgspec.structs.replace(found[1], **fields))
+
+    def _tag(self, operation: AttributeSet) -> None:
+        found = self._snapshots.get(operation.snapshot_id)
+        if found is not None:
+            tags = {key: value for key, value in found[1].tags.items() if key != operation.key}
+            if operation.value is not None:
+                tags[operation.key] = operation.value
+            self._change(operation.snapshot_id, tags=tags)
+
+
+_encoder: Final = msgspec.msgpack.Encoder(order="deterministic")
+_decoder: Final = msgspec.msgpack.Decoder(LiveState)
+
+
+def encode(state: LiveState) -> bytes:
+    """The body of a checkpoint: canonical MessagePack."""
+    return _encoder.encode(state)
+
+
+def load(log: CommitLog, seq: int) -> LiveState:
+    """The state in a checkpoint the log keeps.
+
+    Raises:
+        IntegrityError: it is damaged, or not of this log. VersionError: written by newer software.
+        NotFoundError: there is none at `seq`.
+    """
+    digest, body = log.checkpoint(seq)
+    try:
+        state = _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise IntegrityError(f"a checkpoint does not parse: {error}", object=f"checkpoint {seq}") from error
+    if (state.seq, state.hash) != (seq, digest):
+        raise IntegrityError("a checkpoint is of another record", object=f"checkpoint {seq}")
+    return state
+
+
+def newest(log: CommitLog, *, up_to: int | None = None) -> LiveState:
+    """The newest checkpoint that is sound (and not beyond a record); the empty state when there is none."""
+    for seq in log.checkpoints():
+        if up_to is None or seq <= up_to:
+            try:
+                return load(log, seq)
+            except HimError:
+                continue
+    return LiveState()
+
+
+def encode_file(mark: Mark, body: bytes) -> bytes:
+    """The bytes of a checkpoint's file."""
+    head = _HEAD.pack(_MAGIC, _VERSION, bytes(6), mark.seq, mark.end, mark.hash)
+    return head + blake3(head + body).digest() + body
+
+
+def decode_head(data: bytes, place: str) -> Mark:
+    """Which record a file that begins with `data` says it is of; nothing is verified but its magic.
+
+    Raises:
+        IntegrityError, VersionError.
+    """
+    if len(data) < HEAD_BYTES or data[: len(_MAGIC)] != _MAGIC:
+        raise IntegrityError("not a checkpoint", place=place)
+    _, version, _, seq, end, digest = _HEAD.unpack(data[: _HEAD.size])
+    if version > _VERSION:
+        raise VersionError("the checkpoint was written by a newer format", place=place)
+    return Mark(seq, end, digest)
+
+
+def decode_file(data: bytes, place: str) -> tuple[Mark, bytes]:
+    """Inverse of `encode_file`. Raises IntegrityError, VersionError."""
+    mark, body = decode_head(data, place), data[HEAD_BYTES:]
+    if blake3(data[: _HEAD.size] + body).digest() != data[_HEAD.size : HEAD_BYTES]:
+        raise IntegrityError("a checkpoint does not match its digest", object=f"checkpoint {mark.seq}", place=place)
+    return mark, body
