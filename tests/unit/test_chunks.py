@@ -84,6 +84,39 @@ def test_what_is_appended_changes_the_last_chunk_only(document: bytes, more: byt
     assert after[: len(before) - 1] == before[:-1]
 
 
+def ending_at(length: int, low: int, high: int) -> bytes:
+    """A document whose only byte with a hash in `low` … `high`, of those that may end a chunk, is at `length`."""
+    gear = [int(value) for value in GEAR]
+    for seed in range(1_000_000):
+        tail = random.Random(seed).randbytes(4)
+        window = bytes(WINDOW_BYTES - 4) + tail
+        value = sum(gear[byte] << shift for shift, byte in enumerate(reversed(window))) & 0xFFFFFFFF
+        if low <= value < high:
+            return bytes(length - 4) + tail + bytes(CHUNK_BYTES_MAX)
+    raise AssertionError("none found")
+
+
+@pytest.mark.parametrize(
+    ("length", "strict", "cut"),
+    [
+        (CHUNK_BYTES_MIN - 1, True, False),
+        (CHUNK_BYTES_MIN, True, True),
+        (CHUNK_BYTES_MIN, False, False),
+        (CHUNK_BYTES_AVERAGE - 1, True, True),
+        (CHUNK_BYTES_AVERAGE - 1, False, False),
+        (CHUNK_BYTES_AVERAGE, False, True),
+        (CHUNK_BYTES_MAX, False, True),
+    ],
+)
+def test_hashes_count_from_the_least_length_and_more_of_them_from_the_average(
+    length: int, strict: bool, cut: bool
+) -> None:
+    document = ending_at(length, 0, STRICT_BELOW) if strict else ending_at(length, STRICT_BELOW, LOOSE_BELOW)
+    first = len(split(document)[0])
+    assert (first == length) == cut
+    assert first == len(oracle(document)[0])
+
+
 def test_no_window_reaches_back_over_a_boundary() -> None:
     assert WINDOW_BYTES <= CHUNK_BYTES_MIN
 

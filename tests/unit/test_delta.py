@@ -26,7 +26,7 @@ from him.config import (
 )
 from him.errors import IntegrityError, LimitError, UsageError
 from him.tile import delta
-from him.tile.codec import DTYPES, RAW, ZSTD, TileHeader, encode_array, encode_bytes
+from him.tile.codec import DTYPES, RAW, SHUFFLE_ZSTD, ZSTD, TileHeader, encode_array, encode_bytes
 from him.tile.delta import BLOCKS, PATCH, XOR, ClientDelta, Delta, Link
 from him.types import TileId
 
@@ -378,6 +378,21 @@ def test_larger_changes_make_a_chain_that_begins_anew_at_its_limit() -> None:
     assert max(depths) == DELTA_DEPTH_MAX
 
 
+def test_a_larger_change_after_a_tiny_one_is_a_delta_on_the_last_tile() -> None:
+    root = noise((512, 64, 16), 11)
+    last = root.copy()
+    last[100, 20, 3] ^= 1
+    after = last.copy()
+    after[:16] = noise((16, 64, 16), 20)
+    found = delta.compose(
+        head(after), root.tobytes(), last.tobytes, after.tobytes(), full_size=root.nbytes, chain_size=300, depth=1
+    )
+    assert found is not None
+    assert found.depth == 2
+    assert delta.decode(found.delta.codec, head(after), last.tobytes(), found.delta.stored) == after.tobytes()
+    assert delta.decode(found.delta.codec, head(after), root.tobytes(), found.delta.stored) != after.tobytes()
+
+
 def test_a_change_too_large_for_any_delta_ends_the_chain() -> None:
     root = noise((64, 64, 16), 12)
     after = noise((64, 64, 16), 13)
@@ -450,7 +465,8 @@ def test_altered_bytes_are_refused_or_give_other_values_of_the_same_size(
 @given(st.binary(max_size=300), st.sampled_from([BLOCKS, XOR, PATCH]), st.binary(max_size=100))
 def test_random_bytes_never_give_another_error(stored: bytes, codec: int, base: bytes) -> None:
     for header in (TileHeader("uint8", (20, 20)), TileHeader("float32", (5, 5)), TileHeader("bytes", (50,))):
-        for bytes_read in (stored, bytes([RAW]) + stored, bytes([ZSTD]) + zstandard.compress(stored)):
+        frame = zstandard.compress(stored)
+        for bytes_read in (stored, bytes([RAW]) + stored, bytes([ZSTD]) + frame, bytes([SHUFFLE_ZSTD]) + frame):
             found = outcome(codec, header, base, bytes_read)
             assert found is None or len(found) in (400, 100, 50)
 
@@ -499,19 +515,30 @@ def test_a_few_bytes_cannot_ask_for_much_memory(codec: int) -> None:
     huge = TileHeader("uint8", (16_384, 16_384))
     small = TileHeader("uint8", (64, 64))
     bomb = zstandard.ZstdCompressor(level=19).compress(bytes(50_000_000))
-    refused_without_much_memory(codec, huge, b"base", bytes(100))
+    bitmap = 2**17 * (codec == BLOCKS)
+    promise = b"\x28\xb5\x2f\xfd\xa0" + (16_384**2 + bitmap).to_bytes(4, "little") + bytes(50)
+    for stored in (bytes(100), bytes([ZSTD]) * (codec == BLOCKS) + promise):
+        refused_without_much_memory(codec, huge, b"the base", stored)
     refused_without_much_memory(codec, small, bytes(64 * 64), bytes([ZSTD]) * (codec == BLOCKS) + bomb)
 
 
-def test_a_patch_with_a_larger_window_than_it_needs_is_refused() -> None:
-    base = bytes(range(256)) * 20
-    prefix = pyzstd.ZstdDict(base, is_raw=True).as_prefix
-    compressor = pyzstd.ZstdCompressor({pyzstd.CParameter.windowLog: 30}, prefix)
-    compressor._set_pledged_input_size(len(base) + 1)
-    frame = compressor.compress(base) + compressor.compress(b"x") + compressor.flush()
-    header = document(base + b"x")
-    assert pyzstd.get_frame_info(frame).decompressed_size == len(base) + 1
-    assert outcome(PATCH, header, base, frame) in (None, base + b"x")
+def test_a_patch_that_asks_for_a_huge_window_is_refused_or_right() -> None:
+    """Raw block, whole and torn, in a frame whose window is 2 GiB."""
+    base = bytes(range(100))
+    for length in (100, 60):
+        frame = b"\x28\xb5\x2f\xfd\x80\xa8" + (100).to_bytes(4, "little") + (100 << 3 | 1).to_bytes(3, "little")
+        frame += base[:length]
+        tracemalloc.start()
+        assert outcome(PATCH, document(base), base, frame) in (None, base)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        tracemalloc.stop()
+
+
+def test_a_patch_with_bytes_behind_it_is_refused() -> None:
+    base = bytes(range(100))
+    made = delta.encode_as(PATCH, document(base), base, base)
+    for more in (b"x", made.stored, zstandard.compress(b"y")):
+        assert outcome(PATCH, document(base), base, made.stored + more) is None
 
 
 def test_a_mask_names_no_blocks_beyond_the_tile_nor_keeps_any_beyond_its_base() -> None:
@@ -614,10 +641,12 @@ def test_a_damaged_clients_delta_never_gives_another_tile(data: st.DataObject) -
         ({"header": msgspec.msgpack.encode(TileHeader("int8", (512, 512, 3)))}, UsageError),
         ({"header": msgspec.msgpack.encode(TileHeader("uint8", (512, 1536)))}, UsageError),
         ({"header": msgspec.msgpack.encode(TileHeader("uint8", (512, 512, 3), "float32", "int8", b"1"))}, UsageError),
+        ({"header": b"\x95\xa5uint8\x93\xcd\x02\x00\xcd\x02\x00\xcd\x00\x03\xa0\xa0\xc4\x00"}, UsageError),
+        ({"header": msgspec.msgpack.encode(TileHeader("uint8", (2**63,) * 100_000))}, UsageError),
         ({"header": bytes(META_BYTES_MAX + 1)}, LimitError),
         ({"stored": b""}, IntegrityError),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_malformed_clients_deltas_are_refused_with_a_fix(
     pair: tuple[Array, Array], fields: dict[str, object], error: type[UsageError | IntegrityError]

@@ -87,13 +87,8 @@ def decode_list(stored: bytes | memoryview, size: int) -> list[Chunk]:
         raise IntegrityError(f"a chunk list of {len(stored)} bytes is torn")
     rows = np.frombuffer(stored, dtype=_ROW)
     lengths = rows["length"]
-    short = lengths[:-1] < CHUNK_BYTES_MIN
-    if (
-        short.any()
-        or (lengths > CHUNK_BYTES_MAX).any()
-        or 0 in lengths[-1:]
-        or int(lengths.sum(dtype=np.int64)) != size
-    ):
+    beyond = (lengths[:-1] < CHUNK_BYTES_MIN).any() or (lengths < 1).any() or (lengths > CHUNK_BYTES_MAX).any()
+    if beyond or int(lengths.sum(dtype=np.int64)) != size:
         raise IntegrityError(f"the {len(rows)} lengths of a chunk list do not make a document of {size} bytes")
     blobs: list[bytes] = rows["blob"].tolist()
     return [Chunk(BlobId(blob), length) for blob, length in zip(blobs, lengths.tolist(), strict=True)]

@@ -168,10 +168,10 @@ def encode(header: TileHeader, base: Bytes, target: Bytes, full_size: int) -> De
             return _best(found, limit)
         drifted = drifted and not few and _drifted(grid, old, new, runs, limit)
         moved = len(old) <= DELTA_LONG_BASE_BYTES or _moved(grid, old, new, changed)
-    if drifted:
-        found.append(Delta(XOR, _packed(old ^ new, grid.itemsize)[1]))
     if moved and len(old) >= _PREFIX_BYTES_MIN:
         found.append(Delta(PATCH, _patch(base, target)))
+    if drifted:
+        found.append(Delta(XOR, _packed(old ^ new, grid.itemsize)[1]))
     return _best(found, limit)
 
 
@@ -211,10 +211,10 @@ def compose(
         chain_size: bytes all deltas of the chain take.
         depth: how many they are; 0 when the last tile is the root itself.
     """
-    full = depth >= DELTA_DEPTH_MAX
-    if depth == 0 or full or chain_size <= DELTA_TINY_BYTES:
+    anew = depth == 0 or depth >= DELTA_DEPTH_MAX
+    if anew or chain_size <= DELTA_TINY_BYTES:
         joint = encode(header, root, target, full_size)
-        if depth == 0 or full or (joint is not None and len(joint.stored) <= DELTA_TINY_BYTES):
+        if anew or (joint is not None and len(joint.stored) <= DELTA_TINY_BYTES):
             return None if joint is None else Composed(joint, 1)
     step = encode(header, last(), target, full_size)
     return None if step is None else Composed(step, depth + 1)
@@ -335,6 +335,8 @@ def apply(given: ClientDelta, base_header: bytes, base: Bytes) -> Applied:
         size = _grid(header).size
     except IntegrityError as error:
         raise UsageError(f"the delta's header is no tile header: {error.message}", object=given.parent) from error
+    if msgspec.msgpack.encode(header) != given.header:
+        raise UsageError("the delta's header is not in its shortest form", object=given.parent)
     kept = (parent.dtype, parent.logical, parent.quantise, len(parent.shape))
     if (header.dtype, header.logical, header.quantise, len(header.shape)) != kept:
         fix = "send a tile of another dtype or number of axes in full"
@@ -380,9 +382,9 @@ def _grid(header: TileHeader) -> _Grid:
     else:
         itemsize = DTYPES[header.dtype].itemsize if header.dtype in DTYPES else 0
         fits = itemsize > 0 and 1 <= len(shape) <= 4 and min(shape) > 0
-    size = itemsize * math.prod(shape)
+    size = itemsize * math.prod(shape) if fits else 0  # the product of very many would take very long
     if not fits or size > TILE_BYTES_MAX:
-        raise IntegrityError(f"a tile header names dtype {header.dtype!r} and shape {shape}")
+        raise IntegrityError(f"a tile header names dtype {header.dtype[:40]!r} and shape {shape[:5]}")
     if len(shape) == 1:
         return _Grid(size, itemsize, 0, 0, itemsize)
     return _Grid(size, itemsize, shape[0], shape[1], itemsize * math.prod(shape[2:]))
