@@ -256,6 +256,8 @@ def _shuffled(values: Bytes, itemsize: int) -> Bytes:
 
 def _unshuffled(planes: Bytes, itemsize: int) -> Bytes:
     """Inverse of `_shuffled`."""
+    if not len(planes):
+        return planes
     count = len(planes) // itemsize
     if itemsize > 4:
         words = [_unshuffled(part, 4).view(np.int32).reshape(1, count) for part in planes.reshape(itemsize // 4, -1)]

@@ -291,7 +291,7 @@ def make(parent: TileId, base: Bytes, header: bytes, target: Bytes) -> ClientDel
         parent: id of the tile whose payload `base` is.
         header: the encoded TileHeader of the target.
     """
-    head = _header(header)
+    head = tile_codec.parse_header(header)
     full = tile_codec.compress(bytes(base), _grid(head).itemsize)[1]
     delta = encode(head, base, target, len(full))
     if delta is None:
@@ -329,9 +329,9 @@ def apply(given: ClientDelta, base_header: bytes, base: Bytes) -> Applied:
         IntegrityError: bytes that do not decode on this parent, or to another blob_id.
     """
     _check_form(given)
-    parent = _header(base_header)
+    parent = tile_codec.parse_header(base_header)
     try:
-        header = _header(given.header)
+        header = tile_codec.parse_header(given.header)
         size = _grid(header).size
     except IntegrityError as error:
         raise UsageError(f"the delta's header is no tile header: {error.message}", object=given.parent) from error
@@ -365,13 +365,6 @@ def _check_form(given: ClientDelta) -> None:
 
 
 # -- shapes
-
-
-def _header(header: bytes) -> TileHeader:
-    try:
-        return msgspec.msgpack.decode(header, type=TileHeader)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"tile header does not parse: {error}") from error
 
 
 def _grid(header: TileHeader) -> _Grid:
