@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from bench.__main__ import NAMES
+
 ROOT = Path(__file__).parents[2]
 FIELDS = {"bench", "metric", "value", "unit", "against", "ratio", "goal", "holds"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["goals", "latency", "change", "codecs", "read_screen", "read_kv", "ingest", "lookup", "delta"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_benchmark_prints_one_json_object_a_line(name: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bench", name, "--json", "--tiny"], cwd=ROOT, capture_output=True, text=True, check=False

@@ -19,7 +19,7 @@ from him.errors import UsageError
 Array = NDArray[np.generic]
 _Ufunc = Callable[..., Any]
 _Core = Callable[[Array, Array], None]
-"""Halves an even number of rows and columns: (2h, 2w, c) → writes (h, w, c)."""
+"""Halves an even number of rows and columns: (2h, 2w[, c]) → writes (h, w[, c])."""
 
 _STRIP_BYTES: Final = 512 * 1024
 """Wide sums of a strip of rows stay within a core's second-level cache."""
@@ -55,7 +55,7 @@ def halve(values: Array, rule: str, *, first: bool = True, out: Array | None = N
     if out is None:
         shape = (-(-values.shape[0] // 2), -(-values.shape[1] // 2), *tail_at(rule, values.shape[2:], first=first))
         out = np.empty(shape, dtype=values.dtype)
-    RULES[rule](_in_three(values), _in_three(out), first)
+    RULES[rule](values, out, first)
     return out
 
 
@@ -77,7 +77,7 @@ def tail_at(rule: str, tail: tuple[int, ...], *, first: bool) -> tuple[int, ...]
 
 
 def _mean(values: Array, out: Array, _first: bool) -> None:
-    _everywhere(values, out, _core_of_mean(values.dtype, values.shape[2]))
+    _everywhere(values, out, _core_of_mean(values.dtype, values.shape[2] if values.ndim == 3 else 1))
 
 
 def _max(values: Array, out: Array, _first: bool) -> None:
@@ -100,6 +100,7 @@ def _nearest(values: Array, out: Array, _first: bool) -> None:
 
 
 def _min_max(values: Array, out: Array, first: bool) -> None:
+    values = _in_three(values)
     middle = out.shape[2] // 2
     _extreme(np.minimum, values if first else values[:, :, :middle], out[:, :, :middle])
     _extreme(np.maximum, values if first else values[:, :, middle:], out[:, :, middle:])
@@ -137,6 +138,9 @@ def _everywhere(values: Array, out: Array, core: _Core) -> None:
     Repeating them leaves mean, maximum and minimum of the samples that exist unchanged, and the last one is nearest.
     """
     height, width = values.shape[0] & ~1, values.shape[1] & ~1
+    if (height, width) == values.shape[:2]:
+        core(values, out)
+        return
     if height and width:
         core(values[:height, :width], out[: height // 2, : width // 2])
     if width < values.shape[1] and height:
@@ -146,6 +150,8 @@ def _everywhere(values: Array, out: Array, core: _Core) -> None:
 
 
 def _strips(values: Array, out: Array, itemsize: int) -> list[tuple[Array, Array]]:
+    """Both in strips of rows, always with three axes."""
+    values, out = _in_three(values), _in_three(out)
     rows = max(1, _STRIP_BYTES // (values.shape[1] * values.shape[2] * itemsize))
     return [(values[2 * at : 2 * (at + rows)], out[at : at + rows]) for at in range(0, len(out), rows)]
 
@@ -161,8 +167,10 @@ def _columns(combine: _Ufunc, rows: Array, out: Array) -> None:
 
 
 def _mean_by_cv2(values: Array, out: Array) -> None:
-    source, target = (one[:, :, 0] if one.shape[2] == 1 else one for one in (values, out))
-    cv2.resize(cast("Any", source), (out.shape[1], out.shape[0]), dst=cast("Any", target), interpolation=cv2.INTER_AREA)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values, out = values[:, :, 0], out[:, :, 0]
+    high, wide = out.shape[:2]
+    cv2.resize(cast("Any", values), (wide, high), dst=cast("Any", out), interpolation=cv2.INTER_AREA)
 
 
 def _mean_of_signed_bytes(values: Array, out: Array) -> None:
@@ -177,9 +185,9 @@ def _mean_of_bools(values: Array, out: Array) -> None:
 
 
 def _mean_of_complex(values: Array, out: Array) -> None:
-    part, means = f"f{values.dtype.itemsize // 2}", np.empty(out.shape, dtype=values.dtype)
-    _mean_of_floats(np.ascontiguousarray(values).view(part), means.view(part))
-    out[...] = means
+    part, means = f"f{values.dtype.itemsize // 2}", np.empty_like(_in_three(out), order="C")
+    _mean_of_floats(np.ascontiguousarray(_in_three(values)).view(part), means.view(part))
+    out[...] = means.reshape(out.shape)
 
 
 @cache

@@ -1,0 +1,197 @@
+"""Levels of a 16k×16k picture against OpenCV alone: their values, all of it stored, and after one tile changed."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import zstandard
+from blake3 import blake3
+from numpy.typing import NDArray
+
+import him
+from bench.measure import Rows, row
+from him.config import LEVEL_THREADS, PAGE_SIDE, ZSTD_LEVEL
+from him.pyramid import levels
+from him.tile.downsample import halve
+from him.types import StreamSpec
+
+Array = NDArray[Any]
+SIDE, TINY_SIDE = 16_384, 1_024
+TILE: Final = 512
+ROUNDS, TINY_ROUNDS = 7, 1
+GOAL: Final = 1.3
+
+
+def run(*, tiny: bool = False) -> Rows:
+    """Rows for uint8 and float16."""
+    side, rounds = (TINY_SIDE, TINY_ROUNDS) if tiny else (SIDE, ROUNDS)
+    for name in ("uint8", "float16"):
+        whole = _picture(side, name)
+        yield from _values(whole, rounds)
+        yield from _stored(whole)
+
+
+def _picture(side: int, name: str) -> Array:
+    """Slopes under noise; the float one has values of every size, as activations have."""
+    rng = np.random.default_rng(3)
+    out = np.empty((side, side), dtype=name)
+    for top in range(0, side, TILE):
+        slope = np.add.outer(np.arange(top, top + TILE), np.arange(side)) // 16
+        if name == "uint8":
+            out[top : top + TILE] = (slope + rng.integers(0, 8, slope.shape)) & 255
+        else:
+            out[top : top + TILE] = rng.standard_normal(slope.shape, dtype=np.float32) * (1 + slope % 7)
+    return out
+
+
+# -- values
+
+
+def _values(whole: Array, rounds: int) -> Rows:
+    """All levels, interleaved round by round: our halving of tiles, and OpenCV's of the whole picture."""
+    tiles = _cut(whole)
+    ours, theirs = list[float](), list[float]()
+    for _ in range(rounds):
+        theirs.append(_timed(lambda: _by_cv2(whole)))
+        ours.append(_timed(lambda: _by_tiles(tiles)))
+    name = f"{whole.dtype.name} {whole.shape[0]}²: values of all levels"
+    ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+    yield row(
+        "pyramid", name, round(median(ours) * 1e3, 1), "ms", against=f"{median(theirs) * 1e3:.1f} ms, cv2 alone",
+        ratio=round(ratio, 3), goal=f"<= {GOAL}", holds=ratio <= GOAL, rounds=rounds,
+    )  # fmt: skip
+    if whole.dtype == np.uint8:
+        differing = sum(int((a != b).sum()) for a, b in zip(_joined(_by_tiles(tiles)), _by_cv2(whole), strict=True))
+        yield row("pyramid", f"{name}: samples that differ from cv2's", differing, "samples")
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _by_cv2(whole: Array) -> list[Array]:
+    """INTER_AREA down to one tile; float16 through float32, which OpenCV needs, by its own conversions."""
+    found: list[Array] = []
+    half = whole.dtype == np.float16
+    values: Any = cv2.subtract(whole, 0.0, dtype=cv2.CV_32F) if half else whole  # type: ignore[call-overload]
+    while max(values.shape) > TILE:
+        values = cv2.resize(values, (values.shape[1] // 2, values.shape[0] // 2), interpolation=cv2.INTER_AREA)
+        found.append(cv2.subtract(values, 0.0, dtype=cv2.CV_16F) if half else values)
+    return found
+
+
+Tiles = list[list[Array]]
+
+
+def _cut(whole: Array) -> Tiles:
+    side = whole.shape[0] // TILE
+    return [
+        [np.array(whole[y * TILE : (y + 1) * TILE, x * TILE : (x + 1) * TILE]) for x in range(side)]
+        for y in range(side)
+    ]
+
+
+def _by_tiles(tiles: Tiles) -> list[Tiles]:
+    """The same from tiles, four to one, a page at a time on as many threads as sealing takes."""
+    side, block = len(tiles), min(PAGE_SIDE, len(tiles))
+    found: list[Tiles] = []
+    while side >> len(found) > 1:
+        half = side >> len(found) + 1
+        found.append([[_NOTHING] * half for _ in range(half)])
+
+    def page(at: tuple[int, int]) -> None:
+        _halved(tiles, found, at[0] * block, at[1] * block, block)
+
+    with ThreadPoolExecutor(LEVEL_THREADS) as pool:
+        list(pool.map(page, [(y, x) for y in range(side // block) for x in range(side // block)]))
+    depth = block.bit_length() - 1
+    if found[depth:]:
+        _halved(found[depth - 1], found[depth:], 0, 0, side // block)
+    return found
+
+
+_NOTHING: Final = np.zeros(0)
+
+
+def _halved(below: Tiles, above: list[Tiles], top: int, left: int, side: int) -> None:
+    """The levels above `side`×`side` tiles."""
+    level = 0
+    while side > 1:
+        top, left, side = top // 2, left // 2, side // 2
+        for y in range(top, top + side):
+            for x in range(left, left + side):
+                tile = np.empty((TILE, TILE), dtype=below[0][0].dtype)
+                for down in (0, 1):
+                    for right in (0, 1):
+                        part = tile[down * TILE // 2 :, right * TILE // 2 :][: TILE // 2, : TILE // 2]
+                        halve(below[2 * y + down][2 * x + right], "mean", first=level == 0, out=part)
+                above[level][y][x] = tile
+        below, level = above[level], level + 1
+
+
+def _joined(found: list[Tiles]) -> list[Array]:
+    return [np.concatenate([np.concatenate(line, axis=1) for line in level]) for level in found]
+
+
+# -- stored
+
+
+def _stored(whole: Array) -> Rows:
+    """A sealed snapshot with all levels, and a child of it with one changed tile."""
+    name, side = f"{whole.dtype.name} {whole.shape[0]}²", whole.shape[0] // TILE
+    derived, count = levels.tile_of, [0]
+
+    def counted(values: Array, *, compress: bool) -> Any:
+        count[0] += 1
+        return derived(values, compress=compress)
+
+    with tempfile.TemporaryDirectory() as folder, him.open(f"{folder}/memory.him", create=True) as repo:
+        repo.declare_stream(StreamSpec("plane", dtype=whole.dtype.name, level_rule="mean"))
+        levels.tile_of = counted
+        try:
+            repo.writable("main").put_array("plane", whole, frame="f")
+            full = _timed(repo.snapshot("main").seal)
+            tiles, count[0] = count[0], 0
+            repo.writable("main").put("plane", np.full((TILE, TILE), 255, dtype=whole.dtype), frame="f", y=1, x=1)
+            pages = repo.stored_pages()
+            one = _timed(repo.snapshot("main").seal)
+        finally:
+            levels.tile_of = derived
+        pages = repo.stored_pages() - pages
+    alone = _timed(lambda: _kept_by_cv2(whole))
+    yield row("pyramid", f"{name}: tiles derived in all", tiles, "tiles")
+    yield row(
+        "pyramid", f"{name}: derived, named, stored; level 0 read and verified", round(full, 2), "s",
+        against=f"{alone:.2f} s, cv2 + BLAKE3 + zstd of the levels", ratio=round(full / alone, 2),
+    )  # fmt: skip
+    depth = side.bit_length() - 1
+    # The companions of the pages on the way hold three levels each, whatever of them lies above the frame's apex.
+    limit = 3 * -(-depth // 3)
+    yield row(
+        "pyramid", f"{name}: tiles derived after one changed", count[0], "tiles", against=f"{depth} levels",
+        goal=f"<= {limit}", holds=0 < count[0] <= limit,
+    )  # fmt: skip
+    yield row("pyramid", f"{name}: companions written after one tile changed", pages, "pages")
+    yield row(
+        "pyramid", f"{name}: sealed again after one tile changed", round(one * 1e3, 1), "ms",
+        against="the full build", ratio=round(one / full, 4),
+    )  # fmt: skip
+
+
+def _kept_by_cv2(whole: Array) -> int:
+    """Levels by OpenCV; each tile of them digested and compressed."""
+    packer, size = zstandard.ZstdCompressor(level=ZSTD_LEVEL), 0
+    for level in _by_cv2(whole):
+        for line in _cut(level):
+            for tile in line:
+                data = tile.tobytes()
+                blake3(data).digest()
+                size += len(packer.compress(data))
+    return size
