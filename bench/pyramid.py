@@ -53,8 +53,9 @@ def _picture(side: int, name: str) -> Array:
 
 
 def _values(whole: Array, rounds: int) -> Rows:
-    """All levels, interleaved round by round: our halving of tiles, and OpenCV's of the whole picture."""
-    tiles = _cut(whole)
+    """All levels, interleaved round by round: OpenCV's of the whole picture, and ours tile by tile."""
+    # Both read from one large piece of memory: pages of 4 KiB alone would cost more than the work.
+    tiles = _tiled(whole)
     ours, theirs = list[float](), list[float]()
     for _ in range(rounds):
         theirs.append(_timed(lambda: _by_cv2(whole)))
@@ -66,7 +67,9 @@ def _values(whole: Array, rounds: int) -> Rows:
         ratio=round(ratio, 3), goal=f"<= {GOAL}", holds=ratio <= GOAL, rounds=rounds,
     )  # fmt: skip
     if whole.dtype == np.uint8:
-        differing = sum(int((a != b).sum()) for a, b in zip(_joined(_by_tiles(tiles)), _by_cv2(whole), strict=True))
+        found: dict[int, Array] = {}
+        _by_tiles(tiles, found)
+        differing = sum(int((found[len(level)] != level).sum()) for level in _by_cv2(whole))
         yield row("pyramid", f"{name}: samples that differ from cv2's", differing, "samples")
 
 
@@ -74,6 +77,12 @@ def _timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def _tiled(whole: Array) -> Array:
+    """(rows, columns, 512, 512)."""
+    side = len(whole) // TILE
+    return np.ascontiguousarray(whole.reshape(side, TILE, side, TILE).transpose(0, 2, 1, 3))
 
 
 def _by_cv2(whole: Array) -> list[Array]:
@@ -87,57 +96,39 @@ def _by_cv2(whole: Array) -> list[Array]:
     return found
 
 
-Tiles = list[list[Array]]
+def _by_tiles(tiles: Array, found: dict[int, Array] | None = None) -> Array:
+    """The apex; every tile on the way is put together from four and let go, as when it is stored.
 
+    Pages are shared between as many threads as sealing takes.
 
-def _cut(whole: Array) -> Tiles:
-    side = whole.shape[0] // TILE
-    return [
-        [np.array(whole[y * TILE : (y + 1) * TILE, x * TILE : (x + 1) * TILE]) for x in range(side)]
-        for y in range(side)
-    ]
-
-
-def _by_tiles(tiles: Tiles) -> list[Tiles]:
-    """The same from tiles, four to one, a page at a time on as many threads as sealing takes."""
-    side, block = len(tiles), min(PAGE_SIDE, len(tiles))
-    found: list[Tiles] = []
-    while side >> len(found) > 1:
-        half = side >> len(found) + 1
-        found.append([[_NOTHING] * half for _ in range(half)])
-
-    def page(at: tuple[int, int]) -> None:
-        _halved(tiles, found, at[0] * block, at[1] * block, block)
-
+    Args:
+        found: takes the levels as whole pictures, by their side.
+    """
+    side = len(tiles)
+    block = min(PAGE_SIDE, side)
+    places = [(y, x) for y in range(0, side, block) for x in range(0, side, block)]
     with ThreadPoolExecutor(LEVEL_THREADS) as pool:
-        list(pool.map(page, [(y, x) for y in range(side // block) for x in range(side // block)]))
-    depth = block.bit_length() - 1
-    if found[depth:]:
-        _halved(found[depth - 1], found[depth:], 0, 0, side // block)
-    return found
+        tops = list(pool.map(lambda at: _halved(tiles, *at, block, found), places))
+    count = side // block
+    return _halved(np.stack(tops).reshape(count, count, TILE, TILE), 0, 0, count, found, side)
 
 
-_NOTHING: Final = np.zeros(0)
-
-
-def _halved(below: Tiles, above: list[Tiles], top: int, left: int, side: int) -> None:
-    """The levels above `side`×`side` tiles."""
-    level = 0
-    while side > 1:
-        top, left, side = top // 2, left // 2, side // 2
-        for y in range(top, top + side):
-            for x in range(left, left + side):
-                tile = np.empty((TILE, TILE), dtype=below[0][0].dtype)
-                for down in (0, 1):
-                    for right in (0, 1):
-                        part = tile[down * TILE // 2 :, right * TILE // 2 :][: TILE // 2, : TILE // 2]
-                        halve(below[2 * y + down][2 * x + right], "mean", first=level == 0, out=part)
-                above[level][y][x] = tile
-        below, level = above[level], level + 1
-
-
-def _joined(found: list[Tiles]) -> list[Array]:
-    return [np.concatenate([np.concatenate(line, axis=1) for line in level]) for level in found]
+def _halved(tiles: Array, top: int, left: int, side: int, found: dict[int, Array] | None, of: int = 0) -> Array:
+    """The tile above `side`×`side` tiles, depth-first; `of` tells of how many cells a side `tiles` are the apexes."""
+    if side == 1:
+        return tiles[top, left]
+    out, half, quarter = np.empty((TILE, TILE), dtype=tiles.dtype), side // 2, TILE // 2
+    for down in (0, 1):
+        for right in (0, 1):
+            child = _halved(tiles, top + down * half, left + right * half, half, found, of)
+            part = out[down * quarter : (down + 1) * quarter, right * quarter : (right + 1) * quarter]
+            halve(child, "mean", first=half == 1 and not of, out=part)
+    if found is not None:
+        # Sides of the level in tiles: of all cells, divided by those under one tile.
+        wide = len(tiles) // side
+        whole = found.setdefault(wide * TILE, np.empty((wide * TILE, wide * TILE), dtype=tiles.dtype))
+        whole[top // side * TILE :, left // side * TILE :][:TILE, :TILE] = out
+    return out
 
 
 # -- stored
@@ -189,9 +180,8 @@ def _kept_by_cv2(whole: Array) -> int:
     """Levels by OpenCV; each tile of them digested and compressed."""
     packer, size = zstandard.ZstdCompressor(level=ZSTD_LEVEL), 0
     for level in _by_cv2(whole):
-        for line in _cut(level):
-            for tile in line:
-                data = tile.tobytes()
-                blake3(data).digest()
-                size += len(packer.compress(data))
+        for tile in _tiled(level).reshape(-1, TILE, TILE):
+            data = tile.tobytes()
+            blake3(data).digest()
+            size += len(packer.compress(data))
     return size

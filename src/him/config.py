@@ -15,6 +15,8 @@ LEVEL_PIXELS_DIVISOR: Final = 3
 """A page's stored levels hold at most a third of the pixels of its present cells, and one tile more (spec §1.1)."""
 LEVEL_THREADS: Final = 2
 """Threads that derive level tiles."""
+LEVEL_AHEAD_BYTES: Final = 64 * 1024 * 1024
+"""Of level tiles derived before they are used (but at least one)."""
 LEVEL_NOTES_HELD: Final = 1_000
 """Names of derived tiles that are remembered in one batch."""
 DIRECTORY_LEAF_RECORDS: Final = 64

@@ -17,9 +17,8 @@ ROOT = Path(__file__).parents[2]
 
 def step(*arguments: object) -> dict[str, Any]:
     """A step of the benchmark, in a process of its own whose peak memory it tells."""
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.large", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    command = [sys.executable, "-m", "bench.large", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

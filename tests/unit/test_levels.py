@@ -681,7 +681,6 @@ def test_what_is_written_is_written_in_one_order(monkeypatch: pytest.MonkeyPatch
     orders = []
     for threads in (LEVEL_THREADS, 1, 2 * LEVEL_THREADS):
         monkeypatch.setattr(levels, "LEVEL_THREADS", threads)
-        monkeypatch.setattr(quad, "LEVEL_THREADS", threads)
         store = CountingStore()
         one = put_image(store, image(20 * TILE, 30 * TILE, 7))
         before = len(store.tiles)

@@ -60,6 +60,7 @@ def ingest(
                 session.say(
                     f"{value['frame']}: {value['tiles_written']} tiles written, {value['tiles_reused']} reused, "
                     f"{value['elements']} elements, {value['bytes_stored']} bytes, {value['ms']} ms"
+                    + (f" ({report.note})" if report.note else "")
                 )
     if not json and count != 1:
         session.say(f"{count} frames, {written} tiles, {stored} bytes")

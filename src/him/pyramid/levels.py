@@ -16,7 +16,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from him.config import LEVEL_NOTES_HELD, LEVEL_THREADS, LEVELS_PER_PAGE, PAGE_SIDE
+from him.config import LEVEL_AHEAD_BYTES, LEVEL_NOTES_HELD, LEVEL_THREADS, LEVELS_PER_PAGE, PAGE_SIDE
 from him.errors import IntegrityError, NotFoundError, UsageError
 from him.ports import Memo
 from him.pyramid import directory, page
@@ -396,7 +396,7 @@ class _Builder:
                 key = quad.key(blobs)
                 if key not in work and self._named(grid, 0, key, want) is None:
                     work[key] = partial(self._from_cells, quad, blobs, self._keep and grid.stored_from == 0)
-            grid.ahead = Ahead(self._pool, work)
+            grid.ahead = Ahead(self._pool, work, max(1, min(2 * LEVEL_THREADS, LEVEL_AHEAD_BYTES // grid.tile_bytes)))
         return grid.ahead
 
     def _from_cells(self, quad: Quad, blobs: Sequence[BlobId | None], store: bool) -> tuple[EncodedTile, Array]:

@@ -13,7 +13,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from him.config import LEVEL_PIXELS_DIVISOR, LEVEL_THREADS, LEVELS_PER_PAGE, PAGE_SIDE
+from him.config import LEVEL_PIXELS_DIVISOR, LEVELS_PER_PAGE, PAGE_SIDE
 from him.pyramid import page
 from him.pyramid.page import Page
 from him.tile import codec
@@ -63,6 +63,12 @@ class Grid:
         high = extent_at(self.clip[0], level) - row * frame.tile_height
         wide = extent_at(self.clip[1], level) - column * frame.tile_width
         return max(0, min(frame.tile_height, high)), max(0, min(frame.tile_width, wide))
+
+    @property
+    def tile_bytes(self) -> int:
+        """What a tile above the cells takes in memory."""
+        tail = tail_at(self.frame.level_rule, (max(1, self.frame.channels),), first=True)
+        return self.frame.tile_height * self.frame.tile_width * tail[0] * codec.DTYPES[self.frame.dtype].itemsize
 
     def places(self, index: int) -> set[tuple[int, int]]:
         """(row, column) of the tiles at `index` with a cell below."""
@@ -133,10 +139,14 @@ Work = Callable[[], tuple[EncodedTile, Array]]
 
 
 class Ahead:
-    """Work on several threads, begun a little before its results are taken, which happens in its order."""
+    """Work on several threads, begun before its results are taken, which happens in its order.
 
-    def __init__(self, pool: Executor, work: dict[bytes, Work]) -> None:
-        self._pool, self._work = pool, work
+    Args:
+        most: how many results may be begun and not taken.
+    """
+
+    def __init__(self, pool: Executor, work: dict[bytes, Work], most: int) -> None:
+        self._pool, self._work, self._most = pool, work, most
         self._begun: dict[bytes, Future[tuple[EncodedTile, Array]]] = {}
 
     def take(self, key: bytes) -> tuple[EncodedTile, Array] | None:
@@ -144,10 +154,10 @@ class Ahead:
         while key in self._work and key not in self._begun:
             # What comes before it in the order is wanted no more.
             self._begin()
-            while len(self._begun) > 2 * LEVEL_THREADS:
+            while len(self._begun) > self._most:
                 self._begun.pop(next(iter(self._begun))).cancel()
         begun = self._begun.pop(key, None)
-        while self._work and len(self._begun) < 2 * LEVEL_THREADS:
+        while self._work and len(self._begun) < self._most:
             self._begin()
         return None if begun is None else begun.result()
 
