@@ -41,7 +41,7 @@ PAGE_CACHE_BYTES: Final = 256 * 1024 * 1024
 """Verified private copies of pages and directory nodes that a process keeps."""
 ADDRESS_TAIL_ROWS: Final = 50_000
 ADDRESS_KEPT_ROWS: Final = 2_000
-"""A tail longer than this is kept when a repository is closed."""
+"""A tail longer than this is kept when a repository is closed, or had to be learnt when it was opened."""
 ADDRESS_MERGE_RATIO: Final = 4
 """A segment at most so many times as large as the next is merged with it."""
 READ_THREADS_MAX: Final = 4

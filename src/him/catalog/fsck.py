@@ -9,7 +9,7 @@ import numpy as np
 from him.catalog import checkpoint
 from him.catalog.checkpoint import Fold
 from him.catalog.history import History
-from him.errors import HimError, IntegrityError
+from him.errors import HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack import merkle
 from him.pack.file import read_index, read_record, walk
@@ -118,6 +118,8 @@ class Fsck:
         for seq in self._history.log.checkpoints():
             try:
                 kept[seq] = checkpoint.load(self._history.log, seq)
+            except NotFoundError:
+                continue  # A newer one has just taken its place.
             except HimError as error:
                 self._checkpoint_fault(seq, error.message, error.place)
         return kept

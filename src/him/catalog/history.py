@@ -361,6 +361,7 @@ class History:
         self._store.sync_ahead()
         with self._turn:
             self._record(build)
+            self._catch_up()
         self._checkpoint()
 
     def _lead(self) -> None:
@@ -372,21 +373,22 @@ class History:
             group.extend(self._queue.take())
             return self._batches(group)
 
-        try:
-            with self._turn:
+        with self._turn:
+            try:
                 self._record(build)
-        except HimError as error:
-            if not group:
+            except HimError as error:
+                if not group:
+                    raise
+                for request in group:
+                    request.fail(error)
+            except BaseException:
+                for request in group:
+                    request.fail(BusyError("the commit was interrupted", fix="write the batch again"))
                 raise
-            for request in group:
-                request.fail(error)
-        except BaseException:
-            for request in group:
-                request.fail(BusyError("the commit was interrupted", fix="write the batch again"))
-            raise
-        finally:
-            for request in group:
-                request.settle()
+            finally:
+                for request in group:
+                    request.settle()
+            self._catch_up()
 
     def _batches(self, group: Sequence[Request]) -> Sequence[Operation]:
         """One batch after the other; a request that may not be committed fails alone."""
@@ -434,9 +436,13 @@ class History:
                 # The range's blobs were taken for stored, but no record will ever name them.
                 self._store.abandon()
             raise
+
+    def _catch_up(self) -> None:
+        """After a record, which is durable whatever becomes of this.
+
+        The projection catches up at the next look, and a pack without a footer is whole too.
+        """
         with contextlib.suppress(HimError):
-            # The record is durable, whatever becomes of this: the projection catches up at the next look, and a pack
-            # without a footer is whole too.
             self.refresh()
             self._store.committed()
             self._finish_pack()

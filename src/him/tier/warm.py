@@ -407,7 +407,8 @@ class WarmStore:
         """Learn what was committed since the last look: a finished pack from its footer, others range by range."""
         with self._lock:
             head, _ = self._projection.position()
-            if not self._addresses_loaded:
+            opening = not self._addresses_loaded
+            if opening:
                 self._addresses.load(head)
                 self._addresses_loaded = True
             changes = self._projection.pack_changes(self._addresses.position)
@@ -416,7 +417,7 @@ class WarmStore:
                 self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
             # Records without rows count too, or every look-up of an unknown blob would ask again.
             self._addresses.position = max(self._addresses.position, head)
-            self._addresses.flush()
+            self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
 
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
