@@ -99,17 +99,24 @@ class PackWriter:
 
 
 def read_record(
-    file: File, name: str, offset: int, length: int, expect: BlobId | None = None, buffer: memoryview | None = None
+    file: File,
+    name: str,
+    offset: int,
+    length: int,
+    expect: BlobId | None = None,
+    buffer: memoryview | None = None,
+    *,
+    digest: bool = True,
 ) -> layout.Record:
-    """The verified record at `offset`, in `buffer` (of `length` bytes) when one is given.
+    """The verified record at `offset`, in `buffer` (of `length` bytes) when one is given; see `decode_record`.
 
     Raises:
         IntegrityError: with object and place.
     """
     place = f"{name} @ {offset}"
     if buffer is None:
-        return layout.decode_record(file.read_at(offset, length), place, expect)
-    return layout.decode_record(buffer[: file.read_into(offset, buffer)], place, expect)
+        return layout.decode_record(file.read_at(offset, length), place, expect, digest=digest)
+    return layout.decode_record(buffer[: file.read_into(offset, buffer)], place, expect, digest=digest)
 
 
 def read_index(file: File, named: PackRange) -> layout.Rows:

@@ -163,11 +163,12 @@ def header_verifies(data: bytes | memoryview) -> bool:
     return _header_digest(data, header) == header.digest
 
 
-def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = None) -> Record:
+def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = None, *, digest: bool = True) -> Record:
     """The verified record at the start of `data`, whose payload is not copied.
 
     Args:
         expect: the blob_id it must bear, so that a misplaced record cannot pass.
+        digest: False leaves the payload's digest to a caller who digests what is made of it.
 
     Raises:
         IntegrityError: any byte of header, meta, padding or payload that is not as digested.
@@ -185,7 +186,7 @@ def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = 
         )
     meta = bytes(data[RECORD_HEADER_BYTES:body])
     stored = memoryview(data)[body + header.pad_size : body + header.pad_size + header.stored_size]
-    if len(stored) != header.stored_size or _stored_digest(header, meta, stored) != header.stored_digest:
+    if len(stored) != header.stored_size or (digest and _stored_digest(header, meta, stored) != header.stored_digest):
         raise IntegrityError("stored bytes do not match their digest", object=header.blob_id.hex(), place=place)
     if bytes(data[body : body + header.pad_size]).count(0) != header.pad_size:
         raise IntegrityError("padding is not zero", object=header.blob_id.hex(), place=place)
