@@ -16,12 +16,13 @@ from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX
 from him.errors import LimitError, NotFoundError, UsageError
 from him.ingest import Ingest, IngestReport, Progress
 from him.ports import Memo, PictureDecoder
-from him.pyramid import diff, directory
+from him.pyramid import diff, directory, levels
 from him.query import Answer
 from him.tier.warm import WarmStore
 from him.tile import delta
+from him.tile.address import tile_id
 from him.tile.delta import ClientDelta
-from him.types import Frame, Snapshot, SnapshotId, TileKey, TileMeta, TreeNode
+from him.types import Entry, Frame, Snapshot, SnapshotId, TileKey, TileMeta, TreeNode, snapshot_id, tile_id_text
 
 Array = NDArray[np.generic]
 
@@ -159,8 +160,9 @@ class SnapshotHandle:
         record = reader.frame(stream, frame)
         for y in range(-(-record.rows >> level)):
             for x in range(-(-record.columns >> level)):
-                if reader.entry(TileKey(stream, frame, level, y, x)) is not None:
-                    yield reader.meta(TileKey(stream, frame, level, y, x))
+                entry = reader.entry(TileKey(stream, frame, level, y, x))
+                if entry is not None:
+                    yield self._derived(record, TileKey(stream, frame, level, y, x), entry)
 
     def query(self, goal: str, *, frame: str | None = None, budget_ms: int = BUDGET_MS) -> Answer:
         """Answer a goal on this snapshot; see `Repository.query`."""
@@ -187,6 +189,16 @@ class SnapshotHandle:
         if self._read is None or self._read.directory != self.info.directory:
             self._read = SnapshotReader(self._parts.store, self._parts.memo, self.info.directory)
         return self._read
+
+    def _derived(self, frame: Frame, key: TileKey, entry: Entry) -> TileMeta:
+        """What is known of a derived tile, which need not be stored; then it takes no place."""
+        store = self._parts.store
+        return TileMeta(
+            tile_id_text(tile_id(key, entry.origin, entry.blob_id)), key.stream, key.frame,
+            snapshot_id(entry.origin), key.level, key.x, key.y, levels.shape_at(frame, key.level, key.y, key.x),
+            frame.dtype, None, frame.halo, entry.blob_id.hex(),
+            store.size_of(entry.blob_id) if store.has(entry.blob_id) else 0,
+        )  # fmt: skip
 
     def _moved(self, report: IngestReport) -> IngestReport:
         self.info = self._parts.history.snapshot(self.id)

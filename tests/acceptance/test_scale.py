@@ -51,6 +51,7 @@ def test_s1_1_a_frame_of_a_million_cells_has_levels_where_it_has_tiles(tmp_path)
         repo.declare_stream(StreamSpec("grid", tile_height=8, tile_width=8, dtype="uint8", level_rule="max"))
         repo.writable("main").put_many("grid", cells, frame="f")
         pages = repo.stored_pages()
+        open_tiles = [list(repo.snapshot("main").tiles("grid", frame="f", level=level)) for level in (5, 10)]
         repo.snapshot("main").seal()
         assert repo.stored_pages() < 2 * pages, "a companion for each page there is"
         main = repo.snapshot("main")
@@ -59,6 +60,16 @@ def test_s1_1_a_frame_of_a_million_cells_has_levels_where_it_has_tiles(tmp_path)
         apex = main.get("grid", frame="f", level=10)
         assert isinstance(apex, np.ndarray)
         assert int(apex.max()) == max(int(tile.max()) for tile in cells.values())
+        for level, before in zip((5, 10), open_tiles, strict=True):
+            after = list(main.tiles("grid", frame="f", level=level))
+            assert [one.tile_id for one in before] == [one.tile_id for one in after]
+            for one in before[::17]:
+                values = main.get("grid", frame="f", level=level, y=one.y, x=one.x)
+                assert isinstance(values, np.ndarray)
+                assert (one.shape, one.dtype) == (values.shape, values.dtype.name)
+            assert {one.size_bytes > 0 for one in before} == {False}, "an open snapshot stores no levels"
+            # Where a page has few tiles its apex alone is stored.
+            assert {one.size_bytes > 0 for one in after} == ({True, False} if level == 5 else {True})
         # A level below every page's apex is not stored for single tiles, and is there all the same.
         for (y, x), tile in sorted(cells.items())[:5]:
             found = main.get("grid", frame="f", level=1, y=y // 2, x=x // 2)
