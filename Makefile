@@ -78,4 +78,4 @@ debian:
 	[ -z "$$missing" ] || { apt-get update -q && apt-get install -y -q --no-install-recommends $$missing; }
 
 clean:  ## remove what was made
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist out
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist out bench/out
