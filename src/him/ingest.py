@@ -5,7 +5,9 @@ picture ─ tiles (512²) ─ blobs in a pack ─┐
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import Final, NamedTuple
 
 import msgspec
@@ -22,6 +24,7 @@ from him.index import row_texts
 from him.perception import pins, see
 from him.ports import ArraySource, Clock, Memo, TextEncoder, TextReader
 from him.pyramid import directory, update
+from him.pyramid.update import Cell
 from him.tier.warm import WarmStore
 from him.tile import codec, delta
 from him.tile.delta import ClientDelta
@@ -263,18 +266,21 @@ class Ingest:
         if not cells or any(not 0 <= n < FRAME_CELLS_MAX for cell in cells for n in cell):
             raise UsageError("tiles are put at rows and columns from 0 up")
         given = {cell: value for cell, value in sorted(cells.items()) if value is not None}
-        encoded = self._store.spread(lambda value: self._encoded(spec, value), list(given.values()))
-        tiles = dict(zip(given, encoded, strict=True))
-        put = {cell: tiles[cell].blob_id if cell in tiles else None for cell in sorted(cells)}
         shape: Frame | None = None
         for (row, column), value in given.items():
+            _check_value(spec, value)
             shape = _grown(shape, _cell_frame(spec, frame, row, column, *_shape_of(value)))
         if shape is None:
             shape = self._existing(self._history.snapshot(target), stream, frame)
         # Only now may the branch be created: what is refused leaves nothing.
         snapshot = self._history.writable(target)
         origin, epoch = snapshot_bytes(snapshot.snapshot_id), self._store.epoch
-        self._store.put_tiles(list(tiles.values()), origin, self._replaced(snapshot, stream, frame, tiles))
+        put: dict[tuple[int, int], BlobId | None] = dict.fromkeys(cells)
+        rest = iter(given)
+        for encoded in self._store.ahead(partial(_encoded, spec), _parts_of(given.values())):
+            tiles = dict(zip(islice(rest, len(encoded)), encoded, strict=True))
+            self._store.put_tiles(encoded, origin, self._replaced(snapshot, stream, frame, tiles))
+            put.update((cell, tile.blob_id) for cell, tile in tiles.items())
         return self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put)], epoch=epoch)
 
     def delta(self, target: str, stream: str, frame: str, cell: tuple[int, int], change: ClientDelta) -> Snapshot:
@@ -295,8 +301,7 @@ class Ingest:
         value = codec.values_of(applied.header, applied.payload)
         tile = codec.encode_payload(applied.header, applied.payload)
         spec = self._history.stream(stream)
-        if not isinstance(value, bytes):
-            _check_tile(spec, value)
+        _check_value(spec, value)
         opened = self._history.writable(target)
         epoch, cells = self._store.epoch, {cell: tile}
         shape = _cell_frame(spec, frame, *cell, *_shape_of(value))
@@ -310,7 +315,9 @@ class Ingest:
         """What a client sends instead of `value`: a delta on the tile in that cell; None when it saves too little."""
         reader = SnapshotReader(self._store, self._memo, self._history.snapshot(target).directory)
         key = TileKey(stream, frame, 0, *cell)
-        tile = self._encoded(self._history.stream(stream), value)
+        spec = self._history.stream(stream)
+        _check_value(spec, value)
+        tile = _encoded(spec, value)
         payload = self._store.payload(reader.present(key).blob_id)
         return delta.make(reader.tile_id(key), payload, tile.header, tile.payload)
 
@@ -421,10 +428,12 @@ class Ingest:
                 zeros[shape] = codec.encode_array(np.zeros(shape, dtype=plane.dtype), quantise=spec.quantise)
             return zeros[shape]
 
-        for batch in plane.tiles(spec.tile_height, spec.tile_width):
-            full = iter(self._store.spread(encoded, [part for _, part in batch if not isinstance(part, tuple)]))
-            tiles = [empty(part) if isinstance(part, tuple) else next(full) for _, part in batch]
-            placed = {cell: tile for (cell, _), tile in zip(batch, tiles, strict=True)}
+        def placed_tile(place: tuple[Cell, Array | tuple[int, ...]]) -> tuple[Cell, codec.EncodedTile]:
+            cell, part = place
+            return cell, empty(part) if isinstance(part, tuple) else encoded(part)
+
+        for batch in self._store.ahead(placed_tile, plane.tiles(spec.tile_height, spec.tile_width)):
+            placed, tiles = dict(batch), [tile for _, tile in batch]
             replaced = self._replaced(opened, spec.name, frame, placed)
             written += self._store.put_tiles(tiles, snapshot_bytes(opened.snapshot_id), replaced)
             cells.update((cell, tile.blob_id) for cell, tile in placed.items())
@@ -438,16 +447,6 @@ class Ingest:
             raise UsageError(f"stream {name!r} holds documents, not arrays", fix="use screen, emb or kv_cache")
         return spec
 
-    def _encoded(self, spec: StreamSpec, value: Array | bytes) -> codec.EncodedTile:
-        if isinstance(value, bytes):
-            if spec.content != "bytes":
-                raise UsageError(f"stream {spec.name!r} holds arrays; got a document")
-            return codec.encode_bytes(value)
-        if spec.content != "array":
-            raise UsageError(f"stream {spec.name!r} holds documents; got an array")
-        _check_tile(spec, value)
-        return codec.encode_array(value, quantise=spec.quantise)
-
     def _existing(self, snapshot: Snapshot, stream: str, frame: str) -> Frame:
         return SnapshotReader(self._store, self._memo, snapshot.directory).frame(stream, frame)
 
@@ -460,10 +459,43 @@ def _parts(values: Array, spec: StreamSpec) -> Iterator[tuple[int, int, Array]]:
             yield row, column, values[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
 
 
+def _encoded(spec: StreamSpec, value: Array | bytes) -> codec.EncodedTile:
+    return codec.encode_bytes(value) if isinstance(value, bytes) else codec.encode_array(value, quantise=spec.quantise)
+
+
+def _parts_of(values: Iterable[Array | bytes]) -> Iterator[list[Array | bytes]]:
+    """Runs of values of about ARRAY_PART_BYTES: what is encoded and not yet stored is in memory twice."""
+    run: list[Array | bytes] = []
+    size = 0
+    for value in values:
+        run.append(value)
+        size += len(value) if isinstance(value, bytes) else value.nbytes
+        if size >= ARRAY_PART_BYTES:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def _check_value(spec: StreamSpec, value: Array | bytes) -> None:
+    """Whether a tile or document fits its stream."""
+    if isinstance(value, bytes) != (spec.content == "bytes"):
+        what = "arrays; got a document" if isinstance(value, bytes) else "documents; got an array"
+        raise UsageError(f"stream {spec.name!r} holds {what}")
+    if not isinstance(value, bytes):
+        _check_tile(spec, value)
+    elif len(value) > TILE_BYTES_MAX:
+        raise LimitError(f"a document holds at most {TILE_BYTES_MAX} bytes; got {len(value)}")
+
+
 def _check_tile(spec: StreamSpec, value: Array) -> None:
-    if value.ndim not in (2, 3) or value.shape[0] > spec.tile_height or value.shape[1] > spec.tile_width:
+    if (
+        value.ndim not in (2, 3)
+        or not 0 < value.shape[0] <= spec.tile_height
+        or not 0 < value.shape[1] <= spec.tile_width
+    ):
         raise UsageError(
-            f"a tile of {spec.name!r} has at most {spec.tile_height}×{spec.tile_width} pixels; got {value.shape}"
+            f"a tile of {spec.name!r} has 1×1 to {spec.tile_height}×{spec.tile_width} pixels; got {value.shape}"
         )
     _check_values(spec, value.shape, value.dtype)
 

@@ -4,8 +4,8 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -215,13 +215,26 @@ class WarmStore:
 
     def spread(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
         """The results of `work` on each item, in order; on several threads where the machine has them."""
-        threads = min(READ_THREADS_MAX, os.cpu_count() or 1, len(items))
-        if threads < 2:
+        if len(items) < 2 or (os.cpu_count() or 1) < 2:
             return [work(item) for item in items]
+        return list(self._pool().map(work, items))
+
+    def ahead(self, work: Callable[[_T], _R], batches: Iterable[Sequence[_T]]) -> Iterator[list[_R]]:
+        """`spread` of each batch in turn, the next one being worked on while the caller uses the last."""
+        begun: list[Future[_R]] = []
+        for number, batch in enumerate(batches):
+            following = [self._pool().submit(work, item) for item in batch]
+            if number:
+                yield [one.result() for one in begun]
+            begun = following
+        if begun:
+            yield [one.result() for one in begun]
+
+    def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(min(READ_THREADS_MAX, os.cpu_count() or 1), "him")
-        return list(self._threads.map(work, items))
+            return self._threads
 
     def page(self, kind: int, blob: BlobId) -> bytes:
         """Payload of a page, directory node or companion, from a cache of verified copies when possible."""
