@@ -35,7 +35,7 @@ CHECKPOINT_RECORDS: Final = 1_000
 CHECKPOINTS_KEPT: Final = 2
 RAW_BELOW_RATIO: Final = 1.25
 """A payload that compresses less than this is stored raw (design §6)."""
-COMPRESSION_SAMPLE_BYTES: Final = 256 * 1024
+COMPRESSION_SAMPLE_BYTES: Final = 64 * 1024
 ZSTD_LEVEL: Final = 1
 PAGE_CACHE_BYTES: Final = 256 * 1024 * 1024
 """Verified private copies of pages and directory nodes that a process keeps."""
