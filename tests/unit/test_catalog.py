@@ -20,6 +20,7 @@ from fakes import (
     FakeEncoder,
     FakeReader,
     FakeRng,
+    Faults,
     FaultsAt,
     MemDisk,
     Stack,
@@ -37,7 +38,7 @@ from him.catalog import changes as changing
 from him.catalog import log as commit_log
 from him.catalog.changes import FrameChange
 from him.catalog.group import Queue, Request
-from him.catalog.log import END_PATH, LOG_PATH, FileLog
+from him.catalog.log import END_PATH, LOG_PATH, TURN_PATH, FileLog
 from him.catalog.reader import SnapshotReader
 from him.errors import (
     BusyError,
@@ -511,6 +512,114 @@ def test_an_interrupted_leader_leaves_nobody_waiting(begun: Stack) -> None:
     assert begun.content() == before
     assert together(begun, [tile_write(begun, "g", row, row) for row in range(4)]) == [None] * 4
     assert begun.fsck().ok
+
+
+def test_an_interruption_after_the_record_takes_nothing_back(begun: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(begun.store, "committed", interrupted)
+        errors = together(begun, [tile_write(begun, "g", row, row) for row in range(4)])
+    assert [type(error) for error in errors] == [KeyboardInterrupt, type(None), type(None), type(None)]
+    assert [cell(begun, "main", "g", row) for row in range(4)] == [array(row).tobytes() for row in range(4)]
+    begun.ingest.tiles("main", "grid", "h", {(0, 0): array(5)})
+    assert begun.fsck().ok
+
+
+def test_a_pack_lost_between_building_and_syncing_fails_the_commit(
+    begun: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's failed sync takes the pack away when this one's pages are in it already."""
+    real, before = changing.apply, begun.content()
+
+    def losing(*arguments: object) -> bytes:
+        after = real(*arguments)
+        begun.store.abandon()
+        return after
+
+    with monkeypatch.context() as patch:
+        patch.setattr(changing, "apply", losing)
+        with pytest.raises(BusyError):
+            begun.ingest.tiles("main", "grid", "g", {(0, 0): array(5)})
+    assert begun.content() == before
+    begun.ingest.tiles("main", "grid", "g", {(0, 0): array(5)})
+    assert begun.fsck().ok
+    assert Stack(begun.disk.copy()).fsck().ok
+
+
+class SyncWatch(Faults):
+    """Notes for each sync of a pack whether the log's lock was held."""
+
+    def __init__(self, disk: MemDisk) -> None:
+        super().__init__()
+        self._disk = disk
+        self.under_lock: list[bool] = []
+
+    def run(self, kind: str, path: str, whole: Callable[[], None], part: Callable[[], None] | None = None) -> None:
+        if kind == "sync" and path.startswith("packs/"):
+            self.under_lock.append(self._disk.files[LOG_PATH].holder is not None)
+        super().run(kind, path, whole, part)
+
+
+def test_large_blobs_are_synced_before_the_lock_and_small_ones_once(begun: Stack) -> None:
+    begun.disk.faults = watch = SyncWatch(begun.disk)
+    begun.ingest.tiles("main", "grid", "g", {(0, 0): array(5)})
+    assert watch.under_lock == [True]
+    begun.ingest.tiles("main", "skills", "large", {(0, 0): np.random.default_rng(1).bytes(3 << 20)})
+    assert watch.under_lock == [True, False, True]
+    begun.ingest.tiles("main", "grid", "g", {(0, 1): array(6)})
+    assert watch.under_lock == [True, False, True, True]
+
+
+def test_a_failed_sync_before_the_lock_fails_its_batch_and_those_in_the_same_pack(begun: Stack) -> None:
+    before = begun.content()
+    begun.disk.faults = FaultsAt("sync packs/")
+    large = np.random.default_rng(1).bytes(3 << 20)
+    errors = together(
+        begun, [tile_write(begun, "g", 0, 5), lambda: begun.ingest.tiles("main", "skills", "large", {(0, 0): large})]
+    )
+    assert [type(error) for error in errors] == [BusyError, StorageError]
+    assert begun.content() == before
+    begun.ingest.tiles("main", "skills", "large", {(0, 0): large})
+    assert begun.at("main").document("skills", "large") == large
+    assert begun.fsck().ok
+
+
+def test_a_pack_is_not_finished_on_a_projection_that_lacks_a_range(
+    begun: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The footer would lack its rows, and once the pack is finished nobody reads the index records."""
+    monkeypatch.setattr("him.tier.warm.PACK_RANGES_MAX", 1)
+    begun.projection._db.execute("DELETE FROM ranges WHERE seq = (SELECT min(seq) FROM ranges)")
+    begun.ingest.tiles("main", "grid", "g", {(0, 0): array(5)})
+    assert not finished_packs(begun.projection)
+    begun.history.rebuild()
+    begun.ingest.tiles("main", "grid", "g", {(0, 1): array(6)})
+    assert begun.fsck().ok
+    assert Stack(begun.disk.copy()).content() == begun.content()
+
+
+def test_a_pack_is_finished_though_others_have_appended_to_it(begun: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("him.tier.warm.PACK_RANGES_MAX", 1)
+    pending = encode_bytes(b"put by another thread, not committed yet")
+    epoch = begun.store.epoch
+    real = begun.store.committed
+
+    def committed() -> None:
+        real()
+        begun.store.put_tile(pending, bytes(16))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(begun.store, "committed", committed)
+        begun.ingest.tiles("main", "grid", "g", {(0, 0): array(5)})
+    assert len(finished_packs(begun.projection)) == 1
+    shape = Frame("skills", "s", "bytes", 1, 1, 0, "bytes", 1, 1, 0, "none", b"", 0)
+    opened = begun.history.snapshot("main").snapshot_id
+    begun.history.commit(opened, [FrameChange(shape, {(0, 0): pending.blob_id})], epoch=epoch)
+    other = Stack(begun.disk.copy())
+    assert other.at("main").document("skills", "s").startswith(b"put by another")
+    assert other.fsck().ok
 
 
 def test_a_refused_lock_fails_the_one_that_asked_and_the_next_leads(begun: Stack) -> None:
@@ -1072,6 +1181,28 @@ def test_a_locked_log_waits_for_its_holder(tmp_path: Path) -> None:
     other.unlock()
     thread.join(10)
     assert done.is_set()
+
+
+def test_one_waiter_stands_before_the_lock_and_the_others_queue_behind_it(tmp_path: Path) -> None:
+    disk = LocalDisk(tmp_path)
+    FileLog.create(disk)
+    holder, turn = disk.open(LOG_PATH), disk.open(TURN_PATH)
+    assert holder.lock(wait=False)
+    logs = [FileLog(disk), FileLog(disk)]
+    order: list[int] = []
+    threads = [threading.Thread(target=log.commit, args=(lambda n=n: order.append(n),)) for n, log in enumerate(logs)]
+    threads[0].start()
+    while turn.lock(wait=False):
+        turn.unlock()  # Until the first has taken its turn.
+    threads[1].start()
+    assert not order
+    holder.unlock()
+    threads[0].join(10)
+    assert order[0] == 0
+    # Who had the lock has to pass the turnstile again, and it is free.
+    threads[1].join(10)
+    assert order == [0, 1]
+    assert turn.lock(wait=False)
 
 
 # -- what a real disk refuses

@@ -193,6 +193,11 @@ def test_one_is_written_at_every_mark_and_the_two_newest_are_kept() -> None:
         head = stack.log.head()[0]
         assert max(kept, default=0) == head // EVERY * EVERY
     assert all(seq % EVERY == 0 for seq in seen)
+    # Another process finds it there, and does not write it again.
+    again = reopened(stack.disk.copy())
+    write(again, 1, first=90)
+    assert again.log.head()[0] // EVERY == seen[-1] // EVERY
+    assert not [kind for kind in again.disk.faults.kinds if CHECKPOINT_FOLDER in kind]
 
 
 def test_one_that_could_not_be_written_is_no_error_and_made_up_for_later() -> None:
@@ -306,6 +311,21 @@ def test_a_rotten_beginning_is_bridged_and_reported() -> None:
     again.store.forget_addresses()
     assert again.projection.state() == before
     assert len(again.fsck().errors) == 1
+
+
+@pytest.mark.parametrize("where", ["body", "length"])
+def test_one_who_is_behind_is_taken_over_the_rot(where: str) -> None:
+    stack = Stack(new_disk())
+    stack.history.declare_stream(GRID)
+    write(stack, EVERY - 2)
+    slow = reopened(stack.disk)
+    at = slow.projection.position()[0]
+    write(stack, 4, first=40)
+    end = stack.log._end_of(at + 1)
+    stack.disk.files[LOG_PATH].now[end - (80 if where == "body" else 4)] ^= 1
+    assert stack.log.checkpoints() == [EVERY]
+    assert slow.content() == stack.content()
+    assert slow.projection.state() == stack.projection.state()
 
 
 def test_rot_that_no_checkpoint_bridges_bars_opening_or_rebuilding() -> None:
@@ -427,6 +447,38 @@ def test_ranges_of_finished_packs_are_dropped_and_the_footer_is_read_instead() -
             patch.setattr(warm, name, lambda file, named, real=real, name=name: reads.append(name) or real(file, named))
         assert again.content() == stack.content()
     assert (reads.count("read_footer"), reads.count("read_index")) == (len(finished), growing)
+
+
+@pytest.mark.parametrize("damaged", ["footer", "trailer", "index record"])
+def test_a_damaged_list_of_a_pack_makes_nothing_unreadable(damaged: str) -> None:
+    """The records say themselves what they are: one bit in a list must not bar the whole repository."""
+    stack = filled(4 * EVERY)
+    packs = stack.projection.state().packs
+    if damaged == "index record":
+        pack = next(pack for pack in packs if pack.ranges)
+        at = pack.ranges[0][1].index_offset + 300
+    else:
+        pack = next(pack for pack in packs if pack.finished)
+        size = len(stack.disk.files[pack.name].now)
+        at = size - (100 if damaged == "trailer" else 300)
+    stack.disk.files[pack.name].now[at] ^= 8
+    again = reopened(stack.disk.copy())
+    assert again.content() == stack.content()
+    write(again, 2, first=90)
+    places = [fault.place for fault in again.fsck().errors]
+    assert places
+    assert all(place.startswith(pack.name) for place in places)
+
+
+def test_a_missing_pack_is_named() -> None:
+    stack = filled(4 * EVERY)
+    for pack in stack.projection.state().packs[:2]:
+        left = stack.disk.copy()
+        left.remove(pack.name)
+        again = reopened(left)
+        with pytest.raises(IntegrityError) as caught:
+            again.content()
+        assert caught.value.place == pack.name
 
 
 def test_one_who_followed_every_commit_reads_no_footer(monkeypatch: pytest.MonkeyPatch) -> None:

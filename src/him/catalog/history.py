@@ -99,9 +99,11 @@ class History:
             if position == head:
                 return
             if self._follows(position, head):
-                self._projection.apply(self.records(position[0]))
-            else:
-                self._projection.restore(self._live(), expected=position)
+                # Where the way is damaged a checkpoint may stand beyond.
+                with contextlib.suppress(IntegrityError):
+                    self._projection.apply(self.records(position[0]))
+                    continue
+            self._projection.restore(self._live(), expected=position)
 
     def rebuild(self) -> None:
         """Make the projection anew from the whole log; where its beginning is damaged, from a checkpoint.
@@ -479,11 +481,9 @@ class History:
             return False
         if head[0] - seq > CHECKPOINT_RECORDS and max(self.log.checkpoints(), default=0) > seq + CHECKPOINT_RECORDS:
             return False
-        try:
+        with contextlib.suppress(IntegrityError):
             return self.log.hash_at(seq) == digest
-        except IntegrityError:
-            # The way there is damaged: a checkpoint may stand beyond.
-            return False
+        return False
 
     def _live(self, *, whole: bool = False) -> LiveState:
         """The state at the log's head, from the newest checkpoint on; or from the beginning as far as it is sound."""

@@ -151,6 +151,17 @@ def read_footer(file: File, finished: PackFinished) -> layout.Rows:
     return layout.decode_rows(record.stored, place)
 
 
+def walk_rows(file: File, name: str, start: int, end: int) -> layout.Rows:
+    """Rows of the records between two offsets that verify: for when what should list them is damaged."""
+    return layout.rows_of(
+        [
+            (found.header.blob_id, offset, found.header.record_size, found.header.kind)
+            for offset, found in walk(file, name, start, end)
+            if not isinstance(found, IntegrityError) and found.header.kind not in (KIND_INDEX, KIND_FOOTER)
+        ]
+    )
+
+
 def walk(file: File, name: str, start: int, end: int) -> Iterator[tuple[int, layout.Record | IntegrityError]]:
     """Every record in [start, end), each verified, with the zeros between them.
 

@@ -29,7 +29,7 @@ from him.config import (
 )
 from him.errors import BusyError, IntegrityError, NotFoundError
 from him.pack import format as layout
-from him.pack.file import PackWriter, read_footer, read_index, read_record
+from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
 from him.ports import Disk, File, Projection, Rng
 from him.tier.address import AddressIndex, Location
@@ -151,6 +151,7 @@ class WarmStore:
         self._addresses = AddressIndex(disk)
         self._addresses_loaded = False
         self._addresses_sound = False
+        self._salvaged = False
         self._pending: dict[bytes, tuple[str, Location]] = {}
         self._writer: PackWriter | None = None
         self._ranges = 0
@@ -431,7 +432,9 @@ class WarmStore:
                 self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
             # Records without rows count too, or every look-up of an unknown blob would ask again.
             self._addresses.position = max(self._addresses.position, head)
-            self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
+            if not self._salvaged:
+                # What could not be read today may be restored tomorrow: a segment would not know of it.
+                self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
 
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
@@ -443,7 +446,8 @@ class WarmStore:
     def close(self) -> None:
         """Release every file and lock; what the next opening would read from many index records is kept for it."""
         with self._lock:
-            self._addresses.flush(above=ADDRESS_KEPT_ROWS)
+            if not self._salvaged:
+                self._addresses.flush(above=ADDRESS_KEPT_ROWS)
             if self._threads is not None:
                 self._threads.shutdown()
                 self._threads = None
@@ -671,12 +675,20 @@ class WarmStore:
         self.abandon()
 
     def _rows(self, named: PackRange | PackFinished) -> layout.Rows:
-        if isinstance(named, PackRange):
-            return read_index(self._file(named.pack), named)
-        file = self._disk.open(named.pack)
+        """What a range or a finished pack holds; where its list is damaged, what the records say themselves."""
         try:
-            return read_footer(file, named)
+            file = self._disk.open(named.pack)
+        except NotFoundError as error:
+            raise IntegrityError("a pack is missing", place=named.pack) from error
+        try:
+            return read_index(file, named) if isinstance(named, PackRange) else read_footer(file, named)
+        except IntegrityError:
+            self._salvaged = True
+            ranged = isinstance(named, PackRange)
+            start, end = (named.start, named.end) if ranged else (layout.FILE_HEADER_BYTES, named.size)
+            return walk_rows(file, named.pack, start, end)
         finally:
+            # Not kept open: a repository may have more packs than a process may open files.
             file.close()
 
     def _learn_names(self) -> None:
