@@ -196,8 +196,7 @@ def test_one_is_written_at_every_mark_and_the_two_newest_are_kept() -> None:
     # Another process finds it there, and does not write it again.
     again = reopened(stack.disk.copy())
     write(again, 1, first=90)
-    assert again.log.head()[0] // EVERY == seen[-1] // EVERY
-    assert not [kind for kind in again.disk.faults.kinds if CHECKPOINT_FOLDER in kind]
+    assert f"replace {path_of(seen[-1])}" not in again.disk.faults.kinds
 
 
 def test_one_that_could_not_be_written_is_no_error_and_made_up_for_later() -> None:
@@ -314,16 +313,19 @@ def test_a_rotten_beginning_is_bridged_and_reported() -> None:
 
 
 @pytest.mark.parametrize("where", ["body", "length"])
-def test_one_who_is_behind_is_taken_over_the_rot(where: str) -> None:
+def test_one_who_is_behind_is_taken_over_the_rot(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("him.tier.warm.PACK_TARGET_BYTES", 1 << 30)
     stack = Stack(new_disk())
     stack.history.declare_stream(GRID)
-    write(stack, EVERY - 2)
+    write(stack, EVERY)
     slow = reopened(stack.disk)
     at = slow.projection.position()[0]
-    write(stack, 4, first=40)
+    while stack.log.head()[0] < 2 * EVERY:
+        write(stack, 1, first=40 + stack.log.head()[0])
+    # Not so far behind that it would be restored without trying to read on.
+    assert at + EVERY >= stack.log.head()[0]
     end = stack.log._end_of(at + 1)
     stack.disk.files[LOG_PATH].now[end - (80 if where == "body" else 4)] ^= 1
-    assert stack.log.checkpoints() == [EVERY]
     assert slow.content() == stack.content()
     assert slow.projection.state() == stack.projection.state()
 
@@ -408,8 +410,12 @@ def test_a_checkpoint_of_another_log_is_passed_over() -> None:
     newest = max(files(again.disk))
     assert checkpoint.load(again.log, newest) == fold(again, newest)
     assert again.fsck().ok
-    stray = files(other.disk)[max(files(other.disk))]
-    again.disk.write_whole(path_of(newest), stray)
+    # One of the same record of another log is sound in itself.
+    while newest not in files(other.disk):
+        write(other, 1, first=500 + other.log.head()[0])
+    again.disk.write_whole(path_of(newest), files(other.disk)[newest])
+    with pytest.raises(IntegrityError, match="not of this log"):
+        checkpoint.load(again.log, newest)
     assert checkpoint.newest(again.log).seq < newest
 
 
