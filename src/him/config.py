@@ -44,6 +44,8 @@ ADDRESS_KEPT_ROWS: Final = 2_000
 """A tail longer than this is kept when a repository is closed, or had to be learnt when it was opened."""
 ADDRESS_MERGE_RATIO: Final = 4
 """A segment at most so many times as large as the next is merged with it."""
+OPEN_PACKS_MAX: Final = 256
+"""Packs a process keeps open: a quarter of the files that systems usually allow."""
 READ_THREADS_MAX: Final = 4
 BUFFER_FROM_BYTES: Final = 1024 * 1024
 """Records from this size on are read into buffers that are used again: fresh memory costs a fault a page."""

@@ -159,6 +159,21 @@ def test_values_stay_what_they_are_while_buffers_are_used_again(stack: Stack) ->
     assert len(addresses) <= 2, "memory nobody refers to is used again"
 
 
+def test_more_packs_than_files_may_be_open(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("him.tier.warm.PACK_TARGET_BYTES", 1)
+    monkeypatch.setattr("him.tier.warm.OPEN_PACKS_MAX", 3)
+    cells = {(0, number): noise(number, (64, 64, 2)) for number in range(12)}
+    for cell, values in cells.items():
+        stack.ingest.tiles("main", "kv_cache", "f", {cell: values})
+    reader = stack.at("main")
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    for _ in range(2):
+        for (y, x), values in cells.items():
+            assert np.array_equal(reader.tile(TileKey("kv_cache", "f", 0, y, x)), values)
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) <= before + 3
+    assert stack.fsck().ok
+
+
 def test_a_view_lends_the_packs_own_memory(stack: Stack) -> None:
     cells = put(stack, 2)
     with stack.at("main").view(TileKey("kv_cache", "f", 0, 0, 1)) as values:

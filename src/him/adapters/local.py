@@ -130,6 +130,9 @@ class LocalFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def __del__(self) -> None:
+        self.close()
+
 
 def _joined(parts: Sequence[bytes | memoryview]) -> Iterator[memoryview]:
     """The same bytes in fewer parts: runs of small ones become one. Empty parts vanish."""

@@ -20,6 +20,7 @@ from him.config import (
     BUFFERS_KEPT_BYTES,
     CHUNKS_FROM_BYTES,
     DELTA_FROM_BYTES,
+    OPEN_PACKS_MAX,
     PACK_RANGES_MAX,
     PACK_TARGET_BYTES,
     PAGE_CACHE_BYTES,
@@ -706,6 +707,9 @@ class WarmStore:
                 except NotFoundError as error:
                     raise IntegrityError("a pack is missing", place=name) from error
                 self._files[name] = file
+                if len(self._files) > OPEN_PACKS_MAX:
+                    # Closed once no thread reads from it any more; the pack that is written to is held elsewhere too.
+                    del self._files[next(iter(self._files))]
             return file
 
 
