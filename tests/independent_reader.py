@@ -113,19 +113,24 @@ def parse_record(data: bytes, at: int) -> Record:
 
 
 class Repository:
-    """`snapshots`, `refs`, `streams`, `attributes` as the log leaves them; every record of every pack in `records`."""
+    """`snapshots`, `refs` and `streams` as the log leaves them; every record of every pack in `records`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.marker = json.loads((folder / "him.json").read_bytes())
         need(self.marker["format"] == 1, "another format")
-        self.snapshots, self.refs, self.streams = {}, {}, {}
+        self.snapshots: dict[str, dict] = {}
+        self.refs, self.streams, self.lamport = {}, {}, 0
         self.records: list[Record] = []
         self.blobs: dict[tuple[int, bytes], list[Record]] = defaultdict(list)
         self._known: dict[tuple[int, bytes], bytes] = {}
-        ranges, finished = self._log()
-        for pack in ranges | finished:
-            self._pack(pack, ranges.get(pack, []), finished.get(pack))
+        self._opened: dict[str, int] = {}
+        self._packs: dict[str, list] = {}
+        self._ranges: dict[str, list] = defaultdict(list)
+        self.checkpoints = 0
+        self._log()
+        for path, (_, _, _, finished) in self._packs.items():
+            self._pack(path, self._ranges[path], finished)
         for record in self.records:
             self._verify(record)
         self.companions = {}
@@ -136,11 +141,11 @@ class Repository:
 
     # -- Commit log
 
-    def _log(self):
+    def _log(self) -> None:
         data, published = (self.folder / "log/000001.log").read_bytes(), (self.folder / "log/end").read_bytes()
         need(len(published) == 80 and H(published[:48]) == published[48:], "log/end")
         last, end, last_hash = struct.unpack("<QQ32s", published[:48])
-        at, seq, before, ranges, finished = 0, 0, bytes(32), defaultdict(list), {}
+        at, seq, before = 0, 0, bytes(32)
         while at < end:
             magic, length, number, previous = struct.unpack_from("<4sIQ32s", data, at)
             body, digest = data[at + 48 : at + 48 + length], data[at + 48 + length : at + 80 + length]
@@ -148,44 +153,64 @@ class Repository:
             need(H(data[at : at + 48 + length]) == digest, f"log record {number}")
             need(data[at + 80 + length : at + 84 + length] == struct.pack("<I", length + 84), f"length of {number}")
             at, seq, before = at + 84 + length, number, digest
-            for name, *fields in unpack(body)[2]:
-                self._fold(name, fields, ranges, finished)
+            for operation in unpack(body)[2]:
+                self._fold(seq, operation)
+            self._checkpoint(seq, at, digest)
         need((at, seq, before) == (end, last, last_hash), "the published end")
-        return ranges, finished
 
-    def _fold(self, name: str, fields: list, ranges: dict, finished: dict) -> None:
-        match name, fields:
-            case "snapshot", [key, parents, created, writer, directory, policy, provenance]:
-                self.snapshots[key] = {"directory": directory, "parents": parents, "attributes": {}, "sealed": False,
-                    "created": created, "writer": writer, "policy": policy, "provenance": provenance}  # fmt: skip
-            case "batch", [key, before, after]:
+    def _fold(self, seq: int, operation: list) -> None:
+        match operation:
+            case "snapshot", key, parents, created, writer, directory, policy, provenance:
+                self._opened[key] = seq
+                self.snapshots[key] = {
+                    "snapshot_id": key, "parents": parents, "created_at": created, "writer": writer,
+                    "directory": directory, "sealed": False, "lamport": 0, "levels_root": b"", "signature": b"",
+                    "tags": {}, "provenance": dict(sorted(provenance.items())), "merge_policy": policy,
+                }  # fmt: skip
+            case "batch", key, before, after:
                 need(self.snapshots[key]["directory"] == before, "a batch on another directory")
                 self.snapshots[key]["directory"] = after
-            case "seal", [key, directory, levels, lamport, b"", b""]:
-                self.snapshots[key] |= {"directory": directory, "sealed": True, "levels": levels, "lamport": lamport}
-            case "attribute", [key, what, value, b""]:
-                self.snapshots[key]["attributes"] |= {what: value}
-                self.snapshots[key]["attributes"] = {
-                    k: v for k, v in self.snapshots[key]["attributes"].items() if v is not None
-                }
-            case "drop", [key]:
+            case "seal", key, directory, levels, lamport, b"", b"":
+                need(self.snapshots[key]["directory"] == directory, "a seal of another directory")
+                self.snapshots[key] |= {"sealed": True, "levels_root": levels, "lamport": lamport}
+                self.lamport = max(self.lamport, lamport)
+            case "attribute", key, what, value, b"":
+                tags = self.snapshots[key]["tags"] | {what: value}
+                self.snapshots[key]["tags"] = {k: tags[k] for k in sorted(tags) if tags[k] is not None}
+            case "drop", key:
                 del self.snapshots[key]
-            case "ref", [ref, kind, target]:
-                self.refs[ref] = (kind, target)
+            case "ref", name, kind, target:
+                self.refs[name] = (kind, target)
                 if not target:
-                    del self.refs[ref]
-            case "stream", [spec]:
+                    del self.refs[name]
+            case "stream", spec:
                 self.streams[spec["name"]] = spec
-            case "range", [pack, *numbers]:
-                ranges[pack].append(numbers)
-            case "finished", [pack, size, root]:
-                finished[pack] = (size, root)
+            case "range", path, *numbers:
+                self._ranges[path].append(numbers)
+                pack = self._packs.setdefault(path, [path, seq, [], None])
+                pack[1:3] = seq, [*pack[2], [seq, operation]]
+            case "finished", path, _, _:
+                self._packs[path][2:] = [], operation
             case _:
-                raise Damaged(f"an unknown operation {name}")
+                raise Damaged(f"an unknown operation {operation}")
+
+    def _checkpoint(self, seq: int, end: int, digest: bytes) -> None:
+        """Checkpoints: the one of this record, if there is one, is what we have folded so far."""
+        file = self.folder / f"log/checkpoints/{seq:016d}"
+        if file.exists():
+            opened = sorted((self._opened[key], key) for key in self.snapshots)
+            body = msgspec.msgpack.encode([
+                seq, digest, self.lamport, [[at, self.snapshots[key]] for at, key in opened],
+                [[name, *self.refs[name]] for name in sorted(self.refs)],
+                [self.streams[name] for name in sorted(self.streams)], list(self._packs.values()),
+            ])  # fmt: skip
+            head = struct.pack("<8sH6xQQ32s", b"HIMCKPT\1", 1, seq, end, digest)
+            need(file.read_bytes() == head + H(head, body) + body, f"checkpoint {seq}")
+            self.checkpoints += 1
 
     # -- Packs
 
-    def _pack(self, path: str, ranges: list, finished: tuple[int, bytes] | None) -> None:
+    def _pack(self, path: str, ranges: list, finished: list | None) -> None:
         data = (self.folder / path).read_bytes()
         pack_id = bytes.fromhex(Path(path).stem)
         head = struct.pack("<8sH6x16s16s48x", b"HIMPACK\1", 1, bytes.fromhex(self.marker["repository_id"]), pack_id)
@@ -209,7 +234,7 @@ class Repository:
             at = self._index(data, footer, FOOTER, footer, rows, root)
             trailer = struct.pack("<8sQQ32s8x", b"HIMPKEND", footer, at - footer, root)
             need(data[at:] == trailer + H(trailer) + bytes(32), f"the trailer of {path}")
-            need(finished == (len(data), root), f"the end of {path}")
+            need(finished[2:] == [len(data), root], f"the end of {path}")
 
     def _index(self, data: bytes, at: int, kind: int, first: int, rows: list, root: bytes) -> int:
         record = parse_record(data, at)
@@ -229,6 +254,7 @@ class Repository:
         """Canonical payload of a record (Tiles; Deltas and chunks), not yet verified."""
         dtype, shape = unpack(record.header)[:2] if record.kind == TILE else ("bytes", [record.size])
         itemsize = 1 if dtype == "bytes" else dtype_of(dtype).itemsize
+        need(record.kind == TILE or (record.codec == 0 and not any(record.origin)), "a record of another kind")
         need(record.depth < below and (record.depth == 0) == (record.codec in (0, 1, 2, 6)), "a delta's depth")
         need((record.base == bytes(32)) == (record.depth == 0), "a delta's base")
         if record.codec == 6:
@@ -261,7 +287,9 @@ class Repository:
 
     def frames(self, directory: bytes) -> dict[tuple[str, str], list]:
         """(stream, frame) → its record, of a whole directory."""
-        return {(found[0], found[1]): found for _, found in self._walk(directory, "")} if directory else {}
+        found = [frame for _, frame in self._walk(directory, "")] if directory else []
+        need(all(frame[11] for frame in found), "a frame without cells")
+        return {(frame[0], frame[1]): frame for frame in found}
 
     def _walk(self, node: bytes, prefix: str) -> list[tuple[str, list]]:
         data = self.payload(DIRECTORY, node)
@@ -291,9 +319,7 @@ class Repository:
 
     def cells(self, frame: list) -> dict[tuple[int, int], tuple[bytes, bytes]]:
         """(row, column) → (blob_id, origin) of a frame's level 0."""
-        todo, out, root, height = [(frame[11], frame[12], 0, 0)], {}, frame[11], frame[12]
-        if not root:
-            return {}
+        todo, out, height = [(frame[11], frame[12], 0, 0)], {}, frame[12]
         rows, columns = -(-frame[3] // frame[7]), -(-frame[4] // frame[8])
         least = next(h for h in range(99) if 8 ** (h + 1) >= max(rows, columns))
         need(height == least, "a root page that is not the lowest")
@@ -338,7 +364,7 @@ class Repository:
 
     def levels(self, frame: list) -> dict[tuple[int, int, int], tuple[bytes, bytes, bool]]:
         """(level, row, column) → (blob_id, greatest origin, stored?) of the tiles that the companions name."""
-        out, todo = {}, [(frame[11], frame[12], 0, 0, b"")] if frame[11] and frame[10] != "none" else []
+        out, todo = {}, [(frame[11], frame[12], 0, 0, b"")] if frame[10] != "none" else []
         while todo:
             root, height, row, column, named = todo.pop()
             side_y, side_x = frame[7] * 8 ** (height + 1), frame[8] * 8 ** (height + 1)
@@ -346,6 +372,7 @@ class Repository:
             need((key := (frame[10], root, height, *clip)) in self.companions, f"no companion {key}")
             own, (*_, stored_from, levels, origins, below) = self.companions[key]
             need(named in (b"", own), "a companion that is not the one named")
+            need(stored_from == self._stored_from(frame, height, clip, self.page(root)[1]), "what is stored of levels")
             for m, (tiles, origin) in enumerate(zip(levels, origins, strict=True)):
                 for (slot, blob), o in zip(tiles, [origin[i : i + 16] for i in range(0, len(origin), 16)], strict=True):
                     at = 3 * height + 1 + m, (row << (2 - m)) + slot // 8, (column << (2 - m)) + slot % 8
@@ -355,6 +382,22 @@ class Repository:
             for slot, companion in below:
                 todo.append((names[divmod(slot, 8)], height - 1, row * 8 + slot // 8, column * 8 + slot % 8, companion))
         return out
+
+    @staticmethod
+    def _stored_from(frame: list, height: int, clip: tuple[int, int], cells: list) -> int:
+        """Stored from."""
+
+        def pixels(above: int) -> int:
+            high, wide = (-(-side >> 3 * height + above) for side in clip)
+            places = {(row >> above, column >> above) for row, column, _ in cells}
+            return sum(min(frame[7], high - y * frame[7]) * min(frame[8], wide - x * frame[8]) for y, x in places)
+
+        stored, allowed = 0, pixels(0) + 3 * frame[7] * frame[8]
+        for above in (3, 2, 1):
+            stored += pixels(above)
+            if 3 * stored > allowed:
+                return 3 * height + above + 1
+        return 3 * height + 1
 
     def whole(self, frame: list) -> np.ndarray:
         """A frame's level 0; absent cells are zeros."""
@@ -378,7 +421,7 @@ class Repository:
             return H(b"inner", *parts)
         parts = []
         for path, f in self._walk(node, ""):
-            if f[10] != "none" and f[11]:
+            if f[10] != "none":
                 reach = 8 ** (f[12] + 1)
                 key = (f[10], f[11], f[12], min(f[3], f[7] * reach), min(f[4], f[8] * reach))
                 parts.append(bytes(int(n, 16) for n in path) + self.companions[key][0])

@@ -51,11 +51,11 @@ def read_independently(folder: Path) -> tuple[dict, Repository]:
             frame_of(reader, frame, one["sealed"]) for _, frame in sorted(reader.frames(one["directory"]).items())
         ]
         if one["sealed"]:
-            assert reader.levels_root(one["directory"]) == one["levels"]
+            assert reader.levels_root(one["directory"]) == one["levels_root"]
         snapshots[key] = {
-            "directory": one["directory"].hex(), "levels_root": one.get("levels", b"").hex(), "sealed": one["sealed"],
-            "lamport": one.get("lamport", 0), "tags": one["attributes"], "parents": [p[0] for p in one["parents"]],
-            "created_at": one["created"], "writer": one["writer"], "provenance": one["provenance"], "frames": frames,
+            "directory": one["directory"].hex(), "levels_root": one["levels_root"].hex(), "sealed": one["sealed"],
+            "lamport": one["lamport"], "tags": one["tags"], "parents": [parent[0] for parent in one["parents"]],
+            "created_at": one["created_at"], "writer": one["writer"], "provenance": one["provenance"], "frames": frames,
         }  # fmt: skip
     return {"refs": {name: list(ref) for name, ref in sorted(reader.refs.items())}, "snapshots": snapshots}, reader
 
@@ -70,7 +70,7 @@ def frame_of(reader: Repository, frame: list, sealed: bool) -> dict:
         tiles.append([0, y, x, value, reader.tile_id(stream, name, origin, 0, x, y, blob)])
     rows, columns = -(-frame[3] // tile_height), -(-frame[4] // tile_width)
     top = (max(rows, columns) - 1).bit_length()
-    if frame[10] != "none" and frame[11]:
+    if frame[10] != "none":
         named, seen = reader.levels(frame) if sealed else None, set()
         for (level, y, x), value, blob in derived_levels(frame, reader.whole(frame)):
             under = [o for (r, c), (_, o) in cells.items() if (r >> level, c >> level) == (y, x)]
@@ -120,6 +120,7 @@ def test_the_document_alone_reads_what_the_software_wrote(made: Path) -> None:
     }
     assert kinds >= wanted
     assert {record.depth for record in reader.records} == {0, 1, 2, 3, 4}
+    assert reader.checkpoints == 2
 
 
 def test_the_golden_repository_reads_as_it_did_when_it_was_made(golden: Path) -> None:
