@@ -433,13 +433,12 @@ class Repository:
 
 def exactly(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """float64 rounded once, ties to even: by way of float32 rounded to odd where the cast itself goes that way."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if dtype.itemsize > 2 or dtype == np.float16:
-            return values.astype(dtype)
-        near = values.astype("f4")
-        bits, inexact = near.view("u4"), np.isfinite(values) & (near.astype("f8") != values)
-        bits = np.where(inexact & (np.abs(near) > np.abs(values)), bits - 1, bits)
-        return np.where(inexact, bits | 1, bits).astype("u4").view("f4").astype(dtype)
+    if dtype.itemsize > 2 or dtype == np.float16:
+        return values.astype(dtype)
+    near = values.astype("f4")
+    bits, inexact = near.view("u4"), np.isfinite(values) & (near.astype("f8") != values)
+    bits = np.where(inexact & (np.abs(near) > np.abs(values)), bits - 1, bits)
+    return np.where(inexact, bits | 1, bits).astype("u4").view("f4").astype(dtype)
 
 
 def order(values: np.ndarray) -> np.ndarray:
@@ -450,6 +449,7 @@ def order(values: np.ndarray) -> np.ndarray:
     return bits ^ ((bits >> (8 * values.dtype.itemsize - 1)) & np.iinfo(bits.dtype).max)
 
 
+@np.errstate(all="ignore")
 def level_above(values: np.ndarray, rule: str, first: bool) -> np.ndarray:
     """The next level of a whole level; `first` when `values` is level 0."""
     if rule == "min-max":
@@ -471,8 +471,7 @@ def level_above(values: np.ndarray, rule: str, first: bool) -> np.ndarray:
         return ((sum(wide) + 2) >> 2).astype(dtype)
     if rule == "mean":
         a, b, c, d = (part.astype("f8") / (4 if dtype == np.float64 else 1) for part in (a, b, c, d))
-        with np.errstate(invalid="ignore"):
-            out = exactly(((a + c) + (b + d)) / (1 if dtype == np.float64 else 4), dtype)
+        out = exactly(((a + c) + (b + d)) / (1 if dtype == np.float64 else 4), dtype)
         broken = np.isnan(out)
     else:
         out, pick = a, np.greater if rule == "max" else np.less
