@@ -72,7 +72,10 @@ class NpyFile:
         while at < end:
             stop = end
             if end - at >= _HOLE_BYTES:
-                at = self._data_from(offset + at) - offset
+                start = self._data_from(offset + at) - offset
+                if start < at:
+                    raise self._unreadable("the file was cut while it was read")
+                at = start
                 stop = min(end, self._hole_from(offset + at) - offset) if at < end else end
             while at < stop:
                 done = os.preadv(self._descriptor, [memory[at:stop]], offset + at)
