@@ -48,7 +48,7 @@ class _SlowFile(LocalFile):
 
 class _SlowDisk(LocalDisk):
     def open(self, path: str, *, create: bool = False) -> LocalFile:
-        return _SlowFile(super().open(path, create=create)._descriptor, path)
+        return _SlowFile(super().open(path, create=create).detach(), path)
 
 
 class _NoSyncFile(LocalFile):
@@ -60,7 +60,7 @@ class NoSyncDisk(LocalDisk):
     """Keeps nothing over a power loss: to build something large quickly."""
 
     def open(self, path: str, *, create: bool = False) -> LocalFile:
-        return _NoSyncFile(super().open(path, create=create)._descriptor, path)
+        return _NoSyncFile(super().open(path, create=create).detach(), path)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class PowerFile(LocalFile):
     """A file in the volatile folder whose changes are noted before they are made."""
 
     def __init__(self, inner: LocalFile, path: str, places: Places, fuse: Fuse) -> None:
-        super().__init__(inner._descriptor, path)
+        super().__init__(inner.detach(), path)
         self._name, self._places, self._fuse = path, places, fuse
         self._journal = _Journal(places.journal(path))
 

@@ -116,7 +116,7 @@ class NoSyncFile(LocalFile):
 
 class NoSyncDisk(LocalDisk):
     def open(self, path: str, *, create: bool = False) -> LocalFile:
-        return NoSyncFile(super().open(path, create=create)._descriptor, path)
+        return NoSyncFile(super().open(path, create=create).detach(), path)
 
 
 class Build:

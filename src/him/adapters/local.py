@@ -130,6 +130,11 @@ class LocalFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def detach(self) -> int:
+        """The descriptor, which is the caller's to close from now on."""
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
     def __del__(self) -> None:
         self.close()
 
