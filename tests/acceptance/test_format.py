@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import shutil
 from collections import Counter
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import numpy as np
@@ -190,11 +191,13 @@ def test_many_writers_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     print(written_at_random(tmp_path / "r", seed, 150).total(), "records read alike")
 
 
-def run(folder: Path, seed: int, steps: int) -> None:
-    """One process's work."""
+def run(folder: Path, seed: int, steps: int, barrier: Barrier) -> None:
+    """One process's work; both hold the repository open all the while."""
     writer = Writer(folder, seed)
+    barrier.wait(100)
     for _ in range(steps):
         writer.step()
+    barrier.wait(100)
     writer.repo.close()
 
 
@@ -202,7 +205,8 @@ def test_processes_beside_each_other(tmp_path: Path) -> None:
     folder = tmp_path / "r"
     prepared(folder)
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run, args=(folder, seed, 25)) for seed in (1, 2)]
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=run, args=(folder, seed, 25, barrier)) for seed in (1, 2)]
     for process in processes:
         process.start()
     for process in processes:

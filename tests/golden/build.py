@@ -29,7 +29,7 @@ import him
 from him.adapters.local import LocalDisk, LocalFile
 from him.catalog.changes import FrameChange
 from him.pyramid import levels
-from him.types import Frame, StreamSpec, TileKey, tile_id_text
+from him.types import BlobId, Frame, StreamSpec, TileKey, TileMeta, tile_id_text
 
 REPOSITORY, EXPECTED = "repository", "expected.json"
 DTYPES = (
@@ -37,7 +37,7 @@ DTYPES = (
     *("float64", "complex64", "complex128", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
 )
 RULES = {
-    "mean": ("uint8", (21, 19, 3)), "max": ("float16", (20, 9)), "min": ("bfloat16", (9, 20)),
+    "mean": ("uint8", (21, 11, 3)), "max": ("float16", (20, 9)), "min": ("bfloat16", (9, 20)),
     "first": ("complex64", (11, 11)), "nearest": ("float8_e4m3fn", (17, 8, 2)), "min-max": ("float32", (12, 13, 2)),
 }  # fmt: skip
 
@@ -196,10 +196,10 @@ class Build:
         bits = noise("bits", "int32", (20, 20))
         work.put("plane", bits, frame="everywhere")
         work.put("plane", bits ^ (noise("flips", "uint8", (20, 20)) < 20), frame="everywhere")
-        page = marks("page", 300, 256)
-        work.put("plane", page[:256], frame="scrolled")
-        work.put("plane", page[37 : 37 + 256], frame="scrolled")
-        change = work.make_delta("plane", page[40 : 40 + 256], frame="scrolled")
+        page = marks("page", 240, 180)
+        work.put("plane", page[:180], frame="scrolled")
+        work.put("plane", page[37 : 37 + 180], frame="scrolled")
+        change = work.make_delta("plane", page[40 : 40 + 180], frame="scrolled")
         assert change is not None
         work.put_delta("plane", change, frame="scrolled")
         grown = marks("grown", 120, 90)
@@ -208,7 +208,7 @@ class Build:
 
     def documents(self) -> None:
         work = self.other.writable("documents")
-        text = prose("long", 9_000)
+        text = prose("long", 8_900)
         work.put("skills", text, frame="long")
         work.put("skills", text[:30_000] + b" put in here " + text[30_000:], frame="long")
         work.put("skills", b"", frame="empty")
@@ -238,14 +238,18 @@ class Build:
         work.seal()
 
     def directory(self) -> None:
-        work = self.repo.writable("directory")
-        meta = work.put("skills", b"one of many", frame="skill 0")
+        """Sixty-four frames are one leaf, sixty-five are not."""
+        meta = self.repo.writable("directory").put("skills", b"one of many", frame="skill 0")
+        self.many("directory", meta, range(1, 64))
+        self.repo.branch("larger directory", source="directory")
+        self.many("larger directory", meta, range(64, 65))
+
+    def many(self, branch: str, meta: TileMeta, numbers: range) -> None:
+        """One commit: a hundred of one frame each would be most of the repository."""
+        work = self.repo.writable(branch)
         frame, parts = work.frames("skills")[0], work._parts
-        # A hundred commits of one frame each would be most of the repository.
-        changes = [
-            FrameChange(msgspec.structs.replace(frame, name=f"skill {number}"), {(0, 0): bytes.fromhex(meta.checksum)})
-            for number in range(1, 66)
-        ]
+        cells = {(0, 0): BlobId(bytes.fromhex(meta.checksum))}
+        changes = [FrameChange(msgspec.structs.replace(frame, name=f"skill {number}"), cells) for number in numbers]
         parts.history.commit(work.id, changes, epoch=parts.store.epoch)
 
     def names(self) -> None:

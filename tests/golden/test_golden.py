@@ -67,6 +67,21 @@ def test_the_golden_repository_reads_as_it_did_when_it_was_made(golden: Path) ->
     same(described(golden), expected())
 
 
+def test_the_golden_repository_can_be_written_on(golden: Path) -> None:
+    """In packs that were begun then, on tiles that become bases of deltas, in a directory that splits."""
+    with opened(golden) as repo:
+        for branch in ("deltas", "levels", "directory", "documents"):
+            work = repo.writable(branch)
+            work.put("plane", build.marks("new", 256, 256), frame="scrolled")
+            work.put("skills", b"new", frame="one more")
+            work.seal()
+        assert repo.fsck().errors == ()
+    told, was = described(golden), expected()
+    same(read_independently(golden)[0], told)
+    sealed = {key: one for key, one in was["snapshots"].items() if one["sealed"]}
+    assert {key: told["snapshots"][key] for key in sealed} == sealed
+
+
 def test_todays_writer_gives_the_same_identities(made: Path) -> None:
     """What was seen on pictures follows the rules of seeing, which may change: those frames are left out."""
 
