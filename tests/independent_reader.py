@@ -18,7 +18,7 @@ import zstandard
 from blake3 import blake3
 
 TILE, PAGE, DIRECTORY, COMPANION, INDEX, FOOTER = range(1, 7)
-ROW = np.dtype([("blob", "V32"), ("at", "<u8"), ("length", "<u8"), ("kind", "u1"), ("zeros", "V7")])
+ROW = np.dtype([("blob", "V32"), ("at", "<u8"), ("length", "<u8"), ("kind", "u1"), ("depth", "u1"), ("zeros", "V6")])
 
 
 class Damaged(ValueError):
@@ -222,7 +222,7 @@ class Repository:
             while at < index_at:
                 record = parse_record(data, at)
                 digests.append(record.digest)
-                own.append((record.blob, at, record.length, record.kind, bytes(7)))
+                own.append((record.blob, at, record.length, record.kind, record.depth, bytes(6)))
                 self.records.append(record)
                 self.blobs[record.kind, record.blob].append(record)
                 at = record.end

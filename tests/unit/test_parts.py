@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import FakeEncoder, FakeReader, MemDisk, Stack
+from fakes import FakeEncoder, FakeReader, FakeRng, MemDisk, Stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from him.adapters.local import LocalDisk
 from him.catalog.log import FileLog
 from him.config import CHUNKS_FROM_BYTES, DELTA_DEPTH_MAX, DELTA_FLATTEN_RATIO
 from him.errors import ConflictError, IntegrityError, LimitError, NotFoundError, UsageError
+from him.pack.format import rows_of
+from him.tier.address import AddressIndex, Location
+from him.tile.address import KIND_TILE
 from him.tile.chunks import CHUNKS
 from him.types import BlobId, TileKey
 
@@ -262,3 +265,59 @@ def test_no_delta_is_made_of_what_has_nothing_in_common(repo: him.Repository) ->
     handle = repo.writable("main")
     handle.put("kv_cache", noise(11))
     assert handle.make_delta("kv_cache", noise(12)) is None
+
+
+# -- two writers who do not know of each other
+
+
+def test_one_blob_stored_deep_by_one_writer_and_in_full_by_another_is_read_by_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = LocalDisk(tmp_path)
+    FileLog.create(disk)
+    one, other = Stack(disk, rng=FakeRng(1)), Stack(LocalDisk(tmp_path), rng=FakeRng(2), writer="test:2")
+    values = noise(20)
+    chain = [values]
+    for step in range(3):
+        chain.append(change(chain[-1], 20, 100 + step))
+    common, after = chain[-1], change(chain[-1], 20, 200)
+    for step in chain[:-1]:
+        put(other, step, branch="B")
+    commit = other.history.commit
+
+    def meanwhile(*given: object, **named: object) -> object:
+        """What `other` stores as a change three deep, `one` stores in full, and makes its own change on that."""
+        monkeypatch.setattr(other.history, "commit", commit)
+        put(one, common, branch="A")
+        put(one, after, branch="A")
+        return commit(*given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(other.history, "commit", meanwhile)
+    put(other, common, branch="B")
+    records = {blob: one.store.read(blob) for blob in {put(one, common, branch="C"), put(one, after, branch="C")}}
+    assert sorted(found.delta_depth for found in records.values()) == [0, 1]
+    for rebuilt in (False, True):
+        for stack in (one, other):
+            if rebuilt:
+                stack.store.forget_addresses()
+            assert np.array_equal(stack.at("A").tile(KEY), after)
+            assert np.array_equal(stack.at("B").tile(KEY), common)
+            assert stack.fsck().ok
+
+
+def test_of_several_records_of_a_blob_the_least_deep_is_found() -> None:
+    index, name = AddressIndex(MemDisk()), BlobId(bytes(range(32)))
+    for seq, depth_of in enumerate([2, 3, 0, 1, 4], 1):
+        index.add(seq, seq, rows_of([(name, 64 * seq, 100, KIND_TILE, depth_of)]))
+        found = index.find(name)
+        assert found is not None
+        assert (found.pack, found.depth) == ((1, 2) if seq < 3 else (3, 0))
+        if seq == 2:
+            index.flush(above=0)
+    index.flush(above=0)
+    assert index.find(name) == Location(3, 192, 100, 0)
+    both = rows_of([(name, 64, 100, KIND_TILE, 0), (name, 128, 100, KIND_TILE, 2)])
+    for rows in (both, both[::-1]):
+        fresh = AddressIndex(MemDisk())
+        fresh.add(1, 0, rows)
+        assert fresh.find(name) == Location(0, 64, 100, 0)

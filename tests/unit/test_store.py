@@ -47,9 +47,9 @@ def test_addresses_are_found_in_tail_and_segments(batches: list[list[int]]) -> N
         where: dict[int, list[Location]] = {}
         for seq, numbers in enumerate(batches, 1):
             fresh = [n for n in numbers if n & 1 == 0]
-            index.add(seq, seq, rows_of([(blob(n), 64 * n, n + 1, KIND_TILE) for n in fresh]))
+            index.add(seq, seq, rows_of([(blob(n), 64 * n, n + 1, KIND_TILE, 0) for n in fresh]))
             for n in fresh:
-                where.setdefault(n, []).append(Location(seq, 64 * n, n + 1, KIND_TILE))
+                where.setdefault(n, []).append(Location(seq, 64 * n, n + 1, 0))
             index.flush()
         again = AddressIndex(disk)
         again.load(len(batches))
@@ -68,22 +68,22 @@ def test_segments_stay_few_and_are_loaded_again(tiny_segments: None) -> None:
     disk = MemDisk()
     index = AddressIndex(disk)
     for seq in range(1, 101):
-        index.add(seq, 0, rows_of([(blob(2 * (20 * seq + i)), 64 * i, 1, KIND_TILE) for i in range(18)]))
+        index.add(seq, 0, rows_of([(blob(2 * (20 * seq + i)), 64 * i, 1, KIND_TILE, 0) for i in range(18)]))
         index.flush()
     assert len(disk.list("cache/addresses")) <= 6
     again = AddressIndex(disk)
     again.load(100)
     assert again.position == 100
-    assert all(again.find(blob(2 * (20 * seq + 3))) == Location(0, 192, 1, KIND_TILE) for seq in range(1, 101))
+    assert all(again.find(blob(2 * (20 * seq + 3))) == Location(0, 192, 1, 0) for seq in range(1, 101))
 
 
 def test_leftovers_of_a_merge_and_segments_of_the_future_are_dropped(tiny_segments: None) -> None:
     disk = MemDisk()
     index = AddressIndex(disk)
-    index.add(5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE) for n in range(20)]))
+    index.add(5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
     (old,) = disk.list("cache/addresses")
     kept = bytes(disk.files[f"cache/addresses/{old}"].now)
-    index.add(9, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE) for n in range(20, 60)]))
+    index.add(9, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20, 60)]))
     assert disk.list("cache/addresses") == ["0000000000000009.seg"]
     disk.write_whole(f"cache/addresses/{old}", kept)
     again = AddressIndex(disk)
@@ -100,7 +100,7 @@ def test_leftovers_of_a_merge_and_segments_of_the_future_are_dropped(tiny_segmen
 def test_a_damaged_head_costs_the_segment_and_a_damaged_row_is_told(tiny_segments: None, at: int) -> None:
     disk = MemDisk()
     index = AddressIndex(disk)
-    index.add(5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE) for n in range(20)]))
+    index.add(5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
     data = disk.files["cache/addresses/0000000000000005.seg"].now
     data[at] ^= 1
     again = AddressIndex(disk)

@@ -203,7 +203,7 @@ class Fsck:
         records before it, with their Merkle root.
         """
         ranges: list[PackRange] = []
-        rows: list[tuple[bytes, int, int, int]] = []
+        rows: list[tuple[bytes, int, int, int, int]] = []
         leaves: list[bytes] = []
         begun, sound = layout.FILE_HEADER_BYTES, True
         for offset, found in walk(file, name, begun, end):
@@ -214,7 +214,7 @@ class Fsck:
             header = found.header
             self._content(found, f"{name} @ {offset}")
             if header.kind != KIND_INDEX:
-                rows.append((header.blob_id, offset, header.record_size, header.kind))
+                rows.append((header.blob_id, offset, header.record_size, header.kind, header.delta_depth))
                 leaves.append(header.digest)
                 continue
             root, after = merkle.root(leaves), layout.aligned(offset + header.record_size)

@@ -28,7 +28,7 @@ class PackWriter:
         self.file = file
         self._end = end
         self._start = end
-        self._rows: list[tuple[BlobId, int, int, int]] = []
+        self._rows: list[tuple[BlobId, int, int, int, int]] = []
         self._leaves: list[bytes] = []
         self._lock = threading.Lock()
 
@@ -54,7 +54,9 @@ class PackWriter:
                 end = layout.aligned(end + record.size)
             self.file.write_at(self._end, *parts)
             self._end = end
-            self._rows += [(draft.blob_id, *at, draft.kind) for draft, at in zip(drafts, places, strict=True)]
+            self._rows += [
+                (draft.blob_id, *at, draft.kind, draft.delta_depth) for draft, at in zip(drafts, places, strict=True)
+            ]
             self._leaves += digests
             return places
 
@@ -120,7 +122,7 @@ def read_record(
 
 
 def read_index(file: File, named: PackRange) -> layout.Rows:
-    """Rows (blob_id, offset, length, kind) of a committed range.
+    """Rows of a committed range.
 
     Raises:
         IntegrityError: the index record is damaged or not the one the commit record names.
@@ -137,7 +139,7 @@ def read_index(file: File, named: PackRange) -> layout.Rows:
 
 
 def read_footer(file: File, finished: PackFinished) -> layout.Rows:
-    """Rows (blob_id, offset, length, kind) of all ranges of a finished pack.
+    """Rows of all ranges of a finished pack.
 
     Raises:
         IntegrityError: trailer or footer is damaged or not the one the commit record names.
@@ -155,7 +157,7 @@ def walk_rows(file: File, name: str, start: int, end: int) -> layout.Rows:
     """Rows of the records between two offsets that verify: for when what should list them is damaged."""
     return layout.rows_of(
         [
-            (found.header.blob_id, offset, found.header.record_size, found.header.kind)
+            (found.header.blob_id, offset, found.header.record_size, found.header.kind, found.header.delta_depth)
             for offset, found in walk(file, name, start, end)
             if not isinstance(found, IntegrityError) and found.header.kind not in (KIND_INDEX, KIND_FOOTER)
         ]

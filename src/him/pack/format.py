@@ -32,7 +32,9 @@ _RECORD: Final = struct.Struct("<4sHBBIIQQ32s32s32sBB6s16s24s16s16s16s")
 _FILE: Final = struct.Struct("<8sH6s16s16s16s16s16s")
 _TRAILER: Final = struct.Struct("<8sQQ32s8s")
 
-ROW: Final = np.dtype([("blob", "u1", 32), ("offset", "<u8"), ("length", "<u8"), ("kind", "u1"), ("zero", "u1", 7)])
+ROW: Final = np.dtype(
+    [("blob", "u1", 32), ("offset", "<u8"), ("length", "<u8"), ("kind", "u1"), ("depth", "u1"), ("zero", "u1", 6)]
+)
 """A row of an index record or footer: 56 bytes, sorted by blob, then offset."""
 Rows = NDArray[np.void]
 """A table of `ROW`."""
@@ -180,6 +182,8 @@ def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = 
         raise IntegrityError("record header does not match its digest", object=header.blob_id.hex(), place=place)
     if data[4] | data[5] << 8 > FORMAT_VERSION:
         raise VersionError("the record was written by a newer format", object=header.blob_id.hex(), place=place)
+    if header.flags:
+        raise VersionError("the record has a flag of a newer format", object=header.blob_id.hex(), place=place)
     if expect is not None and header.blob_id != expect:
         raise IntegrityError(
             f"another record lies here ({header.blob_id.hex()[:12]}…)", object=expect.hex(), place=place
@@ -205,14 +209,15 @@ def _stored_digest(header: RecordHeader, meta: bytes, stored: memoryview) -> byt
     return blake3(stored).digest()
 
 
-def rows_of(rows: Sequence[tuple[bytes, int, int, int]]) -> Rows:
-    """Rows (blob_id, offset, length, kind) as a table, in the order given."""
+def rows_of(rows: Sequence[tuple[bytes, int, int, int, int]]) -> Rows:
+    """Rows (blob_id, offset, length, kind, delta depth) as a table, in the order given."""
     table = np.zeros(len(rows), dtype=ROW)
     if rows:
         table["blob"] = np.frombuffer(b"".join(row[0] for row in rows), dtype=np.uint8).reshape(-1, 32)
         table["offset"] = [row[1] for row in rows]
         table["length"] = [row[2] for row in rows]
         table["kind"] = [row[3] for row in rows]
+        table["depth"] = [row[4] for row in rows]
     return table
 
 

@@ -1,7 +1,8 @@
 """Where each blob lies: immutable sorted segments of 32 bytes a row and a tail in memory, rebuildable at any time.
 
 A row is the first 16 bytes of the blob_id, the pack's number, the offset in units of 64 bytes, the record's
-length and its kind. Sixteen bytes may in theory collide; the record's own header holds the full blob_id and decides.
+length and its delta depth. Sixteen bytes may in theory collide; the record's own header holds the full blob_id and
+decides.
 
 Segments are mapped, and merged so that each is at least four times as large as the next: five for ten million rows.
 A segment keeps its columns apart, so that a search by name stays in few lines of the processor's cache.
@@ -23,9 +24,9 @@ from him.pack.format import ROW, Rows
 from him.ports import Disk
 from him.types import BlobId
 
-PLACE: Final = np.dtype([("pack", "<u4"), ("unit", "<u4"), ("length", "<u4"), ("kind", "<u4")])
+PLACE: Final = np.dtype([("pack", "<u4"), ("unit", "<u4"), ("length", "<u4"), ("depth", "<u4")])
 _NAME: Final = struct.Struct(">QQ")
-_MAGIC: Final = b"HIMADDR\x02"
+_MAGIC: Final = b"HIMADDR\x03"
 _HEAD: Final = 128
 """Magic, position before and after (u64 each), the columns' digest, the digest of all that, zeros."""
 _ROW: Final = 32
@@ -34,12 +35,12 @@ _FEW: Final = 16
 
 
 class Location(NamedTuple):
-    """Where a record lies: pack number (its rank in the log), byte offset, byte length, kind."""
+    """Where a record lies: pack number (its rank in the log), byte offset, byte length; its delta depth."""
 
     pack: int
     offset: int
     length: int
-    kind: int
+    depth: int
 
 
 class _Table(NamedTuple):
@@ -61,8 +62,8 @@ class _Table(NamedTuple):
         return hasher.digest()
 
     def ordered(self) -> "_Table":
-        """The rows sorted by name; equal names keep their order."""
-        order = np.lexsort((self.lows, self.highs))
+        """The rows sorted by name; of equal names the least deep first, then in the order they had."""
+        order = np.lexsort((self.places["depth"], self.lows, self.highs))
         return _Table(self.highs[order], self.lows[order], self.places[order])
 
 
@@ -76,7 +77,7 @@ class _Segment:
         self._places = table.places.view(np.uint8).data.cast("I")
 
     def find(self, high: int, low: int) -> Location | None:
-        """The newest place of a name, or None."""
+        """The place of a name, the least deep, then the newest; or None."""
         highs, count = self._highs, len(self._highs)
         at = bisect_left(highs, high)
         while at < count and highs[at] == high:
@@ -88,7 +89,11 @@ class _Segment:
 
 
 class AddressIndex:
-    """blob_id → Location over segments and tail. Not thread-safe for writers; readers may run beside one."""
+    """blob_id → Location over segments and tail. Not thread-safe for writers; readers may run beside one.
+
+    Two writers may store one blob, in full and as a delta, or as deltas of each other's tiles. A delta was made on a
+    record one less deep, so the least deep record of each blob is the one that leads to an end: it is what is found.
+    """
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
@@ -121,7 +126,7 @@ class AddressIndex:
         return all(one.table.digest() == one.digest for one in self._segments)
 
     def find(self, blob: BlobId) -> Location | None:
-        """The newest location of a blob, or None."""
+        """Where the least deep record of a blob lies (of equally deep ones the newest), or None."""
         found = self._tail.get(blob)
         if found is not None:
             return found
@@ -150,16 +155,29 @@ class AddressIndex:
 
     def add(self, seq: int, pack: int, rows: Rows) -> None:
         """Add the rows of the range (or the finished pack) that was committed at `seq`."""
+        rows = self._leading(rows)
         if len(rows) >= ADDRESS_TAIL_ROWS:
             self.flush(above=0)
             self.position = seq
             self._write(_addresses(rows, pack))
             return
         blobs = rows["blob"].tobytes()
-        columns = zip(rows["offset"].tolist(), rows["length"].tolist(), rows["kind"].tolist(), strict=True)
-        for number, (offset, length, kind) in enumerate(columns):
-            self._tail[blobs[32 * number : 32 * number + 32]] = Location(pack, offset, length, kind)
+        columns = zip(rows["offset"].tolist(), rows["length"].tolist(), rows["depth"].tolist(), strict=True)
+        for number, (offset, length, depth) in enumerate(columns):
+            self._tail[blobs[32 * number : 32 * number + 32]] = Location(pack, offset, length, depth)
         self.position = seq
+
+    def _leading(self, rows: Rows) -> Rows:
+        """The rows without deltas of blobs that have a less deep record already; of one blob the least deep last."""
+        deep = np.flatnonzero(rows["depth"])
+        if not len(deep):
+            return rows
+        kept = np.ones(len(rows), dtype=np.bool_)
+        for at in map(int, deep):
+            known = self.find(BlobId(rows["blob"][at].tobytes()))
+            kept[at] = known is None or known.depth > int(rows["depth"][at])
+        rows = rows[kept]
+        return rows[np.argsort(-rows["depth"].astype(np.int8), kind="stable")]
 
     def flush(self, *, above: int | None = None) -> None:
         """Move a tail of more rows than a tail may have (or than `above`) into a segment.
@@ -199,7 +217,7 @@ class AddressIndex:
 
     def _sorted_tail(self) -> _Table:
         names = np.frombuffer(b"".join(blob[:16] for blob in self._tail), dtype=">u8").reshape(-1, 2)
-        rows = [(p.pack, p.offset // PACK_ALIGN_BYTES, p.length, p.kind) for p in self._tail.values()]
+        rows = [(p.pack, p.offset // PACK_ALIGN_BYTES, p.length, p.depth) for p in self._tail.values()]
         return _named(names, np.array(rows, dtype=PLACE))
 
     def _mapped(self, path: str) -> _Segment:
@@ -234,7 +252,7 @@ def _addresses(rows: Rows, pack: int) -> _Table:
     places = np.zeros(len(rows), dtype=PLACE)
     names = np.ascontiguousarray(rows["blob"][:, :16]).view(">u8").reshape(-1, 2)
     places["pack"], places["unit"] = pack, rows["offset"] // PACK_ALIGN_BYTES
-    places["length"], places["kind"] = rows["length"], rows["kind"]
+    places["length"], places["depth"] = rows["length"], rows["depth"]
     return _named(names, places)
 
 

@@ -630,7 +630,7 @@ class WarmStore:
             places = writer.append(list(new.values()))
             with self._lock:
                 for draft, (offset, size) in zip(new.values(), places, strict=True):
-                    self._pending[draft.blob_id] = (writer.name, Location(-1, offset, size, draft.kind))
+                    self._pending[draft.blob_id] = (writer.name, Location(-1, offset, size, draft.delta_depth))
                     self.written_bytes += size
             return len(new)
 
