@@ -20,6 +20,7 @@ from him.tier import warm
 from him.types import (
     AttributeSet,
     Batch,
+    BlobId,
     CommitRecord,
     LiveState,
     Operation,
@@ -239,12 +240,13 @@ def test_it_is_written_by_no_one_who_holds_the_lock(monkeypatch: pytest.MonkeyPa
 
 
 class CountingDisk(MemDisk):
-    """Counts the bytes of the log that are read."""
+    """Counts what is read of the log."""
 
     def __init__(self, other: MemDisk) -> None:
         super().__init__()
         self.files = other.copy().files
         self.log_bytes = 0
+        self.log_reads = 0
 
     def open(self, path: str, *, create: bool = False) -> MemFile:
         file = super().open(path, create=create)
@@ -254,6 +256,7 @@ class CountingDisk(MemDisk):
             def counted(offset: int, size: int) -> bytes:
                 data = read(offset, size)
                 self.log_bytes += len(data)
+                self.log_reads += 1
                 return data
 
             file.read_at = counted
@@ -276,22 +279,28 @@ def test_a_missing_projection_is_restored_from_the_newest_and_the_tail() -> None
     assert disk.log_bytes >= size
 
 
-@pytest.mark.parametrize("left", ["nothing", "first mark", "one end"])
-def test_offsets_are_found_without_walking_far(left: str) -> None:
+@pytest.mark.parametrize("left", ["nothing", "half"])
+def test_a_lost_end_is_found_without_walking_far(left: str) -> None:
     stack = filled(60 * EVERY)
     size = len(stack.disk.files[LOG_PATH].now)
     disk = CountingDisk(stack.disk)
-    if left == "nothing":
-        disk.files[END_PATH].now.clear()
-    elif left == "one end":
-        disk.files[END_PATH].now[5] ^= 1
+    del disk.files[END_PATH].now[0 if left == "nothing" else 40 :]
     log = FileLog(disk)
     assert log.head() == stack.log.head()
-    newest = max(files(disk))
-    if left == "first mark":
-        assert log.hash_at(newest - EVERY) == stack.log.hash_at(newest - EVERY)
-        assert log.hash_at(3) == stack.log.hash_at(3)
     assert disk.log_bytes < size / 10
+
+
+def test_offsets_are_found_from_the_nearest_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("him.catalog.log._WALK_MAX", 1)
+    stack = filled(4 * EVERY)
+    disk = CountingDisk(stack.disk)
+    log, hashes = FileLog(disk), [digest for _, digest, _ in stack.log.read(0)]
+    for mark in files(disk):
+        for seq in (mark, mark - 1):
+            disk.log_reads = 0
+            assert log.hash_at(seq) == hashes[seq - 1]
+            # Two to see whether the log holds the checkpoints, the hash, and a length for each record walked back.
+            assert disk.log_reads <= 3 + mark - seq
 
 
 def test_a_rotten_beginning_is_bridged_and_reported() -> None:
@@ -499,6 +508,17 @@ def test_one_who_followed_every_commit_reads_no_footer(monkeypatch: pytest.Monke
         )
 
 
+def test_a_record_that_brought_no_rows_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = filled()
+    stack.history.set_ref("v9", "tag", "main")
+    unknown, asked = BlobId(bytes(32)), list[int]()
+    real = stack.projection.pack_changes
+    monkeypatch.setattr(stack.projection, "pack_changes", lambda since: asked.append(since) or real(since))
+    for _ in range(3):
+        assert not stack.store.has(unknown)
+    assert len(asked) <= 1
+
+
 def test_packs_have_the_same_numbers_after_any_restoring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("him.tier.address.ADDRESS_TAIL_ROWS", 10)
     stack = filled(6 * EVERY)
@@ -578,3 +598,22 @@ def test_a_pack_that_contradicts_its_own_index_is_reported(what: str) -> None:
         write(stack, 1)
     report = stack.fsck()
     assert "the index record does not list the records before it" in {fault.fault for fault in report.errors}
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "told"),
+    [
+        (lambda rows, roots: ([(*rows[0][:2], rows[0][2] + 64, rows[0][3]), *rows[1:]], roots), "does not list"),
+        (lambda rows, roots: (rows[1:], roots), "root is not that"),
+        (lambda rows, roots: (rows, roots[:-1]), "root is not that"),
+    ],
+    ids=["row", "count", "root"],
+)
+def test_a_footer_that_lists_other_than_the_ranges_is_reported(
+    spoilt: Callable[..., tuple[object, object]], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = warm.PackWriter.finish
+    with monkeypatch.context() as patch:
+        patch.setattr(warm.PackWriter, "finish", lambda self, rows, roots: real(self, *spoilt(rows, roots)))
+        stack = filled()
+    assert any(told in fault.fault for fault in stack.fsck().errors)

@@ -40,7 +40,7 @@ _END: Final = struct.Struct("<QQ32s")
 _START: Final = Mark(0, 0, bytes(32))
 _NAME_DIGITS: Final = 16
 _WALK_MAX: Final = 100
-"""Records walked back from the end (or forward from the beginning) before checkpoints are asked for a nearer place."""
+"""Records walked back from the end before checkpoints are asked for a nearer place."""
 
 
 class FileLog:
@@ -236,32 +236,22 @@ class FileLog:
             self._publish(found)
 
     def _end_of(self, seq: int) -> int:
-        """Where record `seq` ends, by walking from the nearest place that is known.
+        """Where record `seq` ends, by walking back from the nearest place behind it that is known.
 
         Raises:
             IntegrityError: a length on the way is damaged.
         """
-        known = [_START, self._published()]
-        if min(abs(mark.seq - seq) for mark in known) > _WALK_MAX:
-            known += self._marks()
-        at, offset, _ = min(known, key=lambda mark: abs(mark.seq - seq))
-        while at < seq:
-            size = self._size_from_head(offset, at + 1)
-            at, offset = at + 1, offset + size
+        if seq == 0:
+            return 0
+        at, offset, _ = self._published()
+        if at - seq > _WALK_MAX:
+            at, offset, _ = min([Mark(at, offset, b""), *(mark for mark in self._marks() if mark.seq >= seq)])
         while at > seq:
             size = int.from_bytes(self._file.read_at(offset - _SIZE, _SIZE), "little")
             if not _LEAST <= size <= offset:
                 raise _damaged(at, offset)
             at, offset = at - 1, offset - size
         return offset
-
-    def _size_from_head(self, offset: int, seq: int) -> int:
-        head = self._file.read_at(offset, _HEAD.size)
-        if len(head) == _HEAD.size:
-            magic, size, own_seq, _ = _HEAD.unpack(head)
-            if (magic, own_seq) == (_MAGIC, seq):
-                return size + _LEAST
-        raise _damaged(seq, offset)
 
     def _hash_before(self, offset: int) -> bytes:
         """Hash of the record that ends at `offset`."""

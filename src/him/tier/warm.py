@@ -662,8 +662,6 @@ class WarmStore:
 
     def _sync(self, writer: PackWriter) -> None:
         """Sync the pack, one thread at a time: of two at once only one would be told of a failed write."""
-        if self._writer is not writer:
-            raise BusyError("an earlier failure took the pack with it", place=writer.name, fix="write the batch again")
         try:
             writer.file.sync()
         except BaseException:
