@@ -1,5 +1,6 @@
 """The machine HIM runs on: a folder as a Disk, the system's clock and its randomness."""
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -136,7 +137,9 @@ class LocalFile:
         return descriptor
 
     def __del__(self) -> None:
-        self.close()
+        # The interpreter may be half gone.
+        with contextlib.suppress(AttributeError, TypeError, OSError):
+            self.close()
 
 
 def _joined(parts: Sequence[bytes | memoryview]) -> Iterator[memoryview]:
