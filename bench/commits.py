@@ -80,7 +80,7 @@ def _alone() -> Iterator[None]:
 
 
 def _group(base: Path, *, tiny: bool) -> Rows:
-    commits = 32 if tiny else 480
+    commits = 32 if tiny else 240
     for disk, name in ((LocalDisk, "this disk"), (_SlowDisk, f"sync + {SLOW_SYNC_S * 1000:.0f} ms")):
         for threads in THREADS[1:2] if tiny else THREADS:
             together, single = list[float](), list[float]()
@@ -177,7 +177,7 @@ def _fair(base: Path, *, tiny: bool) -> Rows:
             found: dict[bool, tuple[float, float]] = {}
             for turnstile in (False, True):
                 runs = [
-                    shares(base, what, processes, turnstile=turnstile, seconds=0.3 if tiny else 2)
+                    shares(base, what, processes, turnstile=turnstile, seconds=0.3 if tiny else 1.5)
                     for _ in range(1 if tiny else ROUNDS)
                 ]
                 least = statistics.median(counts[0] / max(1, counts[-1]) for counts in runs)

@@ -53,6 +53,7 @@ def _picture(side: int, name: str) -> Array:
 def _values(whole: Array, rounds: int) -> Rows:
     """All levels, the best of some rounds of each in turn: OpenCV's of the whole picture, and ours tile by tile."""
     # Both read from one large piece of memory: pages of 4 KiB alone would cost more than the work.
+    # A tile is copied out before it is halved, since that is how a store hands it over: just written, in the cache.
     tiles = _tiled(whole)
     ours, theirs = list[float](), list[float]()
     for _ in range(rounds):
@@ -114,7 +115,7 @@ def _by_tiles(tiles: Array, found: dict[int, Array] | None = None) -> Array:
 def _halved(tiles: Array, top: int, left: int, side: int, found: dict[int, Array] | None, of: int = 0) -> Array:
     """The tile above `side`×`side` tiles, depth-first; `of` tells of how many cells a side `tiles` are the apexes."""
     if side == 1:
-        return tiles[top, left]
+        return tiles[top, left] if of else np.array(tiles[top, left])
     out, half, quarter = np.empty((TILE, TILE), dtype=tiles.dtype), side // 2, TILE // 2
     for down in (0, 1):
         for right in (0, 1):
