@@ -96,6 +96,21 @@ def test_leftovers_of_a_merge_and_segments_of_the_future_are_dropped(tiny_segmen
     assert not disk.list("cache/addresses")
 
 
+@pytest.mark.parametrize("mode", ["refuse", "late"])
+def test_a_segment_never_claims_rows_of_a_tail_that_could_not_be_written(tiny_segments: None, mode: str) -> None:
+    disk = MemDisk()
+    index = AddressIndex(disk)
+    index.add(1, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(3)]))
+    disk.faults.at, disk.faults.mode = disk.faults.count + 1, mode
+    index.add(2, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(3, 40)]))
+    disk.faults.at = None
+    index.flush()
+    again = AddressIndex(disk)
+    again.load(2)
+    for found in (index, again) if again.position == 2 else (index,):
+        assert all(found.find(blob(2 * n)) is not None for n in range(40))
+
+
 @pytest.mark.parametrize("at", [0, 9, 20, 30, 60, 100])
 def test_a_damaged_head_costs_the_segment_and_a_damaged_row_is_told(tiny_segments: None, at: int) -> None:
     disk = MemDisk()

@@ -158,9 +158,11 @@ class AddressIndex:
         rows = self._leading(rows)
         if len(rows) >= ADDRESS_TAIL_ROWS:
             self.flush(above=0)
-            self.position = seq
-            self._write(_addresses(rows, pack))
-            return
+            # A tail that could not be written stays: a segment up to `seq` would claim its rows.
+            if not self._tail:
+                self.position = seq
+                self._write(_addresses(rows, pack))
+                return
         blobs = rows["blob"].tobytes()
         columns = zip(rows["offset"].tolist(), rows["length"].tolist(), rows["depth"].tolist(), strict=True)
         for number, (offset, length, depth) in enumerate(columns):

@@ -426,13 +426,14 @@ class WarmStore:
             opening = not self._addresses_loaded
             if opening:
                 self._addresses.load(head)
-                self._addresses_loaded = True
             changes = self._projection.pack_changes(self._addresses.position)
             self._learn_names()
             for seq, named in changes:
                 self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
             # Records without rows count too, or every look-up of an unknown blob would ask again.
             self._addresses.position = max(self._addresses.position, head)
+            # Only now: look-ups do not take the lock, and need the packs' names.
+            self._addresses_loaded = True
             if not self._salvaged:
                 # What could not be read today may be restored tomorrow: a segment would not know of it.
                 self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
