@@ -265,7 +265,7 @@ def _choice(data: Data, rows: Sequence[Row]) -> Row:
         codec.encode_bytes(item.tobytes()) if data.name.endswith(("JSON", "lines")) else codec.encode_array(item)
         for item in data.items
     ]
-    raw, stored = sum(tile.raw_size for tile in tiles), sum(len(tile.stored) for tile in tiles)
+    raw, stored = sum(len(tile.payload) for tile in tiles), sum(len(tile.stored) for tile in tiles)
     chosen = sorted({codec.CODEC_NAMES[tile.codec] for tile in tiles})
     wide = "shuffle + zstd 1" if data.items[0].itemsize > 1 else "zstd 1"
     could = next(one["value"] for one in rows if one["candidate"] == wide)

@@ -49,6 +49,8 @@ OPEN_PACKS_MAX: Final = 256
 READ_THREADS_MAX: Final = 4
 BUFFER_FROM_BYTES: Final = 1024 * 1024
 """Records from this size on are read into buffers that are used again: fresh memory costs a fault a page."""
+BUFFER_GRAIN_BYTES: Final = 64 * 1024
+"""Buffers are multiples of this; smaller values are not worth one."""
 BUFFERS_KEPT_BYTES: Final = 256 * 1024 * 1024
 
 # Deltas (spec §9)
@@ -88,8 +90,10 @@ IMAGE_SIDE_MAX: Final = 64 * 1024
 IMAGE_BAND_BYTES: Final = 32 * 1024 * 1024
 """Pixels decoded at once of such a picture, at four bytes each."""
 IMAGE_META_BYTES_MAX: Final = 16 * 1024 * 1024
-ARRAY_PART_BYTES: Final = 32 * 1024 * 1024
+ARRAY_PART_BYTES: Final = 16 * 1024 * 1024
 """Of an array that is stored part by part: what is read at once (but at least one tile)."""
+BATCHES_AHEAD: Final = 2
+"""Batches of tiles that are worked on while the one before them is written."""
 META_BYTES_MAX: Final = 1024 * 1024
 LOG_RECORD_BYTES_MAX: Final = 64 * 1024 * 1024
 CHECKPOINT_BYTES_MAX: Final = 1024 * 1024 * 1024

@@ -5,9 +5,7 @@ picture ─ tiles (512²) ─ blobs in a pack ─┐
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -25,7 +23,7 @@ from him.perception import pins, see
 from him.ports import ArraySource, Clock, Memo, TextEncoder, TextReader
 from him.pyramid import directory, update
 from him.pyramid.update import Cell
-from him.tier.warm import WarmStore
+from him.tier.warm import Prepared, WarmStore
 from him.tile import codec, delta
 from him.tile.delta import ClientDelta
 from him.tile.downsample import check as check_rule
@@ -198,8 +196,8 @@ class Ingest:
         seen = see(pixels, self._reader, self._memo, tree, progress)
         opened = self._history.writable(target)
         origin, epoch, before = snapshot_bytes(opened.snapshot_id), self._store.epoch, self._store.written_bytes
-        replaced = self._replaced(opened, "screen", frame, tiles)
-        written = self._store.put_tiles(list(tiles.values()), origin, replaced)
+        before_it = self._replaced(opened, "screen", frame, tiles)
+        written = self._store.put_tiles(list(tiles.values()), origin, [before_it.get(cell) for cell in tiles])
         scene = msgspec.structs.replace(
             seen.scene, tiles=tuple((row, column, tile.blob_id.hex()) for (row, column), tile in sorted(tiles.items()))
         )
@@ -276,11 +274,15 @@ class Ingest:
         snapshot = self._history.writable(target)
         origin, epoch = snapshot_bytes(snapshot.snapshot_id), self._store.epoch
         put: dict[tuple[int, int], BlobId | None] = dict.fromkeys(cells)
-        rest = iter(given)
-        for encoded in self._store.ahead(partial(_encoded, spec), _parts_of(given.values())):
-            tiles = dict(zip(islice(rest, len(encoded)), encoded, strict=True))
-            self._store.put_tiles(encoded, origin, self._replaced(snapshot, stream, frame, tiles))
-            put.update((cell, tile.blob_id) for cell, tile in tiles.items())
+        before = self._replaced(snapshot, stream, frame, given)
+
+        def prepared(place: tuple[Cell, Array | bytes]) -> tuple[Cell, Prepared]:
+            cell, value = place
+            return cell, self._store.prepare(self._encoded(spec, value), origin, before.get(cell))
+
+        for batch in self._store.ahead(prepared, _parts_of(given.items())):
+            self._store.put_prepared([tile for _, tile in batch])
+            put.update((cell, tile.blob_id) for cell, tile in batch)
         return self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put)], epoch=epoch)
 
     def delta(self, target: str, stream: str, frame: str, cell: tuple[int, int], change: ClientDelta) -> Snapshot:
@@ -303,10 +305,10 @@ class Ingest:
         spec = self._history.stream(stream)
         _check_value(spec, value)
         opened = self._history.writable(target)
-        epoch, cells = self._store.epoch, {cell: tile}
+        epoch = self._store.epoch
         shape = _cell_frame(spec, frame, *cell, *_shape_of(value))
-        replaced = self._replaced(opened, stream, frame, cells)
-        self._store.put_tiles([tile], snapshot_bytes(opened.snapshot_id), replaced)
+        replaced = self._replaced(opened, stream, frame, [cell])
+        self._store.put_tiles([tile], snapshot_bytes(opened.snapshot_id), [replaced.get(cell)])
         return self._history.commit(opened.snapshot_id, [FrameChange(shape, {cell: tile.blob_id})], epoch=epoch)
 
     def make_delta(
@@ -317,7 +319,7 @@ class Ingest:
         key = TileKey(stream, frame, 0, *cell)
         spec = self._history.stream(stream)
         _check_value(spec, value)
-        tile = _encoded(spec, value)
+        tile = self._encoded(spec, value)
         payload = self._store.payload(reader.present(key).blob_id)
         return delta.make(reader.tile_id(key), payload, tile.header, tile.payload)
 
@@ -379,24 +381,23 @@ class Ingest:
             vectors |= fresh
         return np.frombuffer(b"".join(vectors[key] for key in keys), dtype=np.int8).reshape(len(texts), -1)
 
-    def _replaced(
-        self, snapshot: Snapshot, stream: str, frame: str, tiles: Mapping[tuple[int, int], codec.EncodedTile]
-    ) -> dict[BlobId, BlobId]:
-        """For each new tile the one that stands in its cell now."""
+    def _encoded(self, spec: StreamSpec, value: Array | bytes) -> codec.EncodedTile:
+        if isinstance(value, bytes):
+            return codec.encode_bytes(value)
+        return codec.encode_array(value, quantise=spec.quantise, buffer=self._store.buffer)
+
+    def _replaced(self, snapshot: Snapshot, stream: str, frame: str, cells: Collection[Cell]) -> dict[Cell, BlobId]:
+        """The tiles that stand in these cells now."""
         found = directory.find(self._store, snapshot.directory, (stream, frame))
-        if found is None or not tiles:
+        if found is None or not cells:
             return {}
-        places = np.array(list(tiles), dtype=np.int64)
+        places = np.array(list(cells), dtype=np.int64)
         raw, present = update.look_up(self._store, found.root, found.root_height, places[:, 0], places[:, 1])
-        return {
-            tile.blob_id: BlobId(raw[number, :32].tobytes())
-            for number, tile in enumerate(tiles.values())
-            if present[number]
-        }
+        return {cell: BlobId(raw[number, :32].tobytes()) for number, cell in enumerate(cells) if present[number]}
 
     def _scene_changes(self, opened: Snapshot, frame: str, scene: Scene) -> Iterator[FrameChange]:
         origin, document = snapshot_bytes(opened.snapshot_id), codec.encode_bytes(bytes_of(scene))
-        self._store.put_tiles([document], origin, self._replaced(opened, "scene", frame, {(0, 0): document}))
+        self._store.put_tiles([document], origin, [*self._replaced(opened, "scene", frame, [(0, 0)]).values()])
         yield FrameChange(
             _cell_frame(STREAMS["scene"], frame, 0, 0, (1, 1), "bytes"), {(0, 0): document.blob_id}, replace=True
         )
@@ -415,12 +416,13 @@ class Ingest:
         cells: dict[tuple[int, int], BlobId] = {}
         written = 0
         zeros: dict[tuple[int, ...], codec.EncodedTile] = {}
+        origin = snapshot_bytes(opened.snapshot_id)
 
-        def encoded(part: Array) -> codec.EncodedTile:
+        def encoded(part: Array | tuple[int, ...]) -> codec.EncodedTile:
+            if isinstance(part, tuple):
+                return empty(part)
             whole = np.ascontiguousarray(part)
-            if not whole.view(np.uint8).any():
-                return empty(whole.shape)
-            return codec.encode_array(whole, quantise=spec.quantise)
+            return self._encoded(spec, whole) if whole.view(np.uint8).any() else empty(whole.shape)
 
         def empty(shape: tuple[int, ...]) -> codec.EncodedTile:
             # Of zeros there is one tile a shape, which is stored and named like any other.
@@ -428,15 +430,18 @@ class Ingest:
                 zeros[shape] = codec.encode_array(np.zeros(shape, dtype=plane.dtype), quantise=spec.quantise)
             return zeros[shape]
 
-        def placed_tile(place: tuple[Cell, Array | tuple[int, ...]]) -> tuple[Cell, codec.EncodedTile]:
-            cell, part = place
-            return cell, empty(part) if isinstance(part, tuple) else encoded(part)
+        def batches() -> Iterator[list[tuple[Cell, Array | tuple[int, ...], BlobId | None]]]:
+            for batch in plane.tiles(spec.tile_height, spec.tile_width):
+                before = self._replaced(opened, spec.name, frame, [cell for cell, _ in batch])
+                yield [(cell, part, before.get(cell)) for cell, part in batch]
 
-        for batch in self._store.ahead(placed_tile, plane.tiles(spec.tile_height, spec.tile_width)):
-            placed, tiles = dict(batch), [tile for _, tile in batch]
-            replaced = self._replaced(opened, spec.name, frame, placed)
-            written += self._store.put_tiles(tiles, snapshot_bytes(opened.snapshot_id), replaced)
-            cells.update((cell, tile.blob_id) for cell, tile in placed.items())
+        def prepared(place: tuple[Cell, Array | tuple[int, ...], BlobId | None]) -> tuple[Cell, Prepared]:
+            cell, part, before = place
+            return cell, self._store.prepare(encoded(part), origin, before)
+
+        for batch in self._store.ahead(prepared, batches()):
+            written += self._store.put_prepared([tile for _, tile in batch])
+            cells.update((cell, tile.blob_id) for cell, tile in batch)
             if progress is not None:
                 progress(len(cells), plane.count(spec.tile_height, spec.tile_width), "store")
         return _Put(cells, written)
@@ -459,16 +464,12 @@ def _parts(values: Array, spec: StreamSpec) -> Iterator[tuple[int, int, Array]]:
             yield row, column, values[row * high : (row + 1) * high, column * wide : (column + 1) * wide]
 
 
-def _encoded(spec: StreamSpec, value: Array | bytes) -> codec.EncodedTile:
-    return codec.encode_bytes(value) if isinstance(value, bytes) else codec.encode_array(value, quantise=spec.quantise)
-
-
-def _parts_of(values: Iterable[Array | bytes]) -> Iterator[list[Array | bytes]]:
+def _parts_of(given: Iterable[tuple[Cell, Array | bytes]]) -> Iterator[list[tuple[Cell, Array | bytes]]]:
     """Runs of values of about ARRAY_PART_BYTES: what is encoded and not yet stored is in memory twice."""
-    run: list[Array | bytes] = []
+    run: list[tuple[Cell, Array | bytes]] = []
     size = 0
-    for value in values:
-        run.append(value)
+    for cell, value in given:
+        run.append((cell, value))
         size += len(value) if isinstance(value, bytes) else value.nbytes
         if size >= ARRAY_PART_BYTES:
             yield run

@@ -1,5 +1,7 @@
 """The warm store and its address index: batches, lent memory, buffers used again, and an index that may lie."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,42 @@ def test_values_stay_what_they_are_while_buffers_are_used_again(stack: Stack) ->
     assert np.array_equal(part, cells[0, 2][5:7]), "a slice keeps the memory it looks at"
     addresses = {np.asarray(reader.tile(TileKey("kv_cache", "f", 0, 0, 5))).ctypes.data for _ in range(10)}
     assert len(addresses) <= 2, "memory nobody refers to is used again"
+
+
+def test_buffers_of_a_batch_are_not_used_again_before_it_is_written(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("him.ingest.ARRAY_PART_BYTES", 3 * 512 * 512)
+    given = {(0, x): noise(x, (512, 512, 1)) >> (x % 3 * 3) for x in range(40)}
+    stack.ingest.tiles("main", "kv_cache", "f", given)
+    reader = stack.at("main")
+    for (y, x), values in given.items():
+        assert np.array_equal(reader.tile(TileKey("kv_cache", "f", 0, y, x)), values)
+    assert stack.fsck().ok
+
+
+def test_closing_waits_for_work_that_asks_for_the_lock(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = threading.Event()
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def signalled(self: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        closing.set()
+        shutdown(self, wait, cancel_futures=cancel_futures)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", signalled)
+
+    def asks(number: int) -> bool:
+        begun.set()
+        return closing.wait(10) and not stack.store.has(blob(number))
+
+    begun = threading.Event()
+    asked = stack.store._pool().submit(asks, 1)
+    assert begun.wait(10)
+    ending = threading.Thread(target=stack.store.close, daemon=True)
+    ending.start()
+    ending.join(10)
+    assert not ending.is_alive()
+    assert asked.result()
 
 
 def test_more_packs_than_files_may_be_open(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from him.errors import NotFoundError, UsageError
 from him.ports import Memo
 from him.pyramid import directory, levels, update
 from him.pyramid.levels import Scratch
+from him.pyramid.page import Page
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import tile_id
@@ -54,11 +55,21 @@ class SnapshotReader:
         """
         frame = self.frame(key.stream, key.frame)
         if key.level == 0:
-            return update.get(self._store, frame.root, frame.root_height, key.y, key.x)
+            leaf = self._leaf(frame, key.y >> update.SIDE_BITS, key.x >> update.SIDE_BITS)
+            return None if leaf is None else update.in_leaf(leaf, key.y, key.x)
         blob = levels.tile(Scratch(self._store), self._memo, frame, key.level, key.y, key.x)
         if blob is None:
             return None
         return Entry(blob, levels.latest_origin(self._store, frame, key.level, key.y, key.x))
+
+    def _leaf(self, frame: Frame, row: int, column: int) -> Page | None:
+        place = frame.root, row, column
+        leaf = self._store.leaves.get(place)
+        if leaf is None:
+            leaf = update.leaf_at(self._store, frame.root, frame.root_height, row, column)
+            if leaf is not None:
+                self._store.leaves.put(place, leaf, leaf.size)
+        return leaf
 
     def tile_id(self, key: TileKey) -> TileId:
         """Identity of a present tile. Raises NotFoundError."""

@@ -59,6 +59,11 @@ class Page:
         self._payload = payload
         self._size = CHILD_BYTES if height else CELL_BYTES
 
+    @property
+    def size(self) -> int:
+        """Bytes of its payload."""
+        return len(self._payload)
+
     def get(self, slot: int) -> bytes | None:
         """The raw entry at a slot, or None."""
         bitmap = self._bitmap

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from him.config import PAGE_SIDE
 from him.pyramid import page
-from him.pyramid.page import CELL_BYTES, Page, PagesStore, PageStore, decode, load
+from him.pyramid.page import CELL_BYTES, Page, PagesStore, PageStore, load
 from him.tile.address import KIND_PAGE
 from him.types import Box, Entry
 
@@ -16,8 +16,9 @@ Cell = tuple[int, int]
 """(row, column) of a tile at level 0."""
 NOTHING = b""
 """The root of a frame without tiles: empty pages vanish."""
-_SIDE_BITS: Final = PAGE_SIDE.bit_length() - 1
-_SLOT_BITS: Final = 2 * _SIDE_BITS
+SIDE_BITS: Final = PAGE_SIDE.bit_length() - 1
+"""A cell's row or column shifted right by these is its leaf's."""
+_SLOT_BITS: Final = 2 * SIDE_BITS
 _SLOTS: Final = PAGE_SIDE * PAGE_SIDE
 
 
@@ -45,18 +46,28 @@ class Cells(NamedTuple):
 
 def get(store: PageStore, root: bytes, height: int, row: int, column: int) -> Entry | None:
     """The entry at a cell, or None where nothing was put."""
-    if not root or (row | column) >> (_SIDE_BITS * (height + 1)):
+    leaf = leaf_at(store, root, height, row >> SIDE_BITS, column >> SIDE_BITS)
+    return None if leaf is None else in_leaf(leaf, row, column)
+
+
+def leaf_at(store: PageStore, root: bytes, height: int, row: int, column: int) -> Page | None:
+    """The page of height 0 at a row and column of such pages, or None where nothing was put."""
+    if not root or (row | column) >> (SIDE_BITS * height):
         return None
-    parsed, raw = store.parsed, root
-    for step in range(height, -1, -1):
-        down = _SIDE_BITS * step
-        slot = (row >> down & PAGE_SIDE - 1) << _SIDE_BITS | column >> down & PAGE_SIDE - 1
-        found = parsed(KIND_PAGE, raw, decode)
-        below = found.get(slot) if found.height == step else load(store, raw, step).get(slot)
+    for step in range(height, 0, -1):
+        down = SIDE_BITS * (step - 1)
+        slot = (row >> down & PAGE_SIDE - 1) << SIDE_BITS | column >> down & PAGE_SIDE - 1
+        below = load(store, root, step).get(slot)
         if below is None:
             return None
-        raw = below
-    return page.entry(raw)
+        root = below
+    return load(store, root, 0)
+
+
+def in_leaf(leaf: Page, row: int, column: int) -> Entry | None:
+    """The entry at a cell of the page of height 0 that covers it, or None."""
+    raw = leaf.get((row & PAGE_SIDE - 1) << SIDE_BITS | column & PAGE_SIDE - 1)
+    return None if raw is None else page.entry(raw)
 
 
 def look_up(
@@ -65,7 +76,7 @@ def look_up(
     """Raw entries (n, 48) at many cells, zeros where nothing was put, and which are present (n)."""
     raw = np.zeros((len(rows), CELL_BYTES), dtype=np.uint8)
     present = np.zeros(len(rows), dtype=np.bool_)
-    inside = np.flatnonzero((rows | columns) >> (_SIDE_BITS * (height + 1)) == 0)
+    inside = np.flatnonzero((rows | columns) >> (SIDE_BITS * (height + 1)) == 0)
     if not root or not len(inside):
         return raw, present
     keys = _paths(rows[inside], columns[inside], height)
@@ -148,8 +159,8 @@ def _paths(rows: NDArray[np.int64], columns: NDArray[np.int64], height: int) -> 
     """
     keys = np.zeros(len(rows), dtype=np.int64)
     for step in range(height, -1, -1):
-        down = _SIDE_BITS * step
-        keys = keys << _SLOT_BITS | (rows >> down & PAGE_SIDE - 1) << _SIDE_BITS | columns >> down & PAGE_SIDE - 1
+        down = SIDE_BITS * step
+        keys = keys << _SLOT_BITS | (rows >> down & PAGE_SIDE - 1) << SIDE_BITS | columns >> down & PAGE_SIDE - 1
     return keys.view(np.uint64)
 
 

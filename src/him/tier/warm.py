@@ -4,10 +4,12 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -16,7 +18,9 @@ from numpy.typing import NDArray
 
 from him.config import (
     ADDRESS_KEPT_ROWS,
+    BATCHES_AHEAD,
     BUFFER_FROM_BYTES,
+    BUFFER_GRAIN_BYTES,
     BUFFERS_KEPT_BYTES,
     CHUNKS_FROM_BYTES,
     DELTA_FROM_BYTES,
@@ -44,6 +48,7 @@ Values = NDArray[np.generic] | bytes
 """A tile's array, or a document."""
 _T = TypeVar("_T")
 _R = TypeVar("_R")
+_K = TypeVar("_K", bound=Hashable)
 
 
 class Blob(msgspec.Struct, frozen=True):
@@ -78,6 +83,13 @@ class _Change(NamedTuple):
     delta_depth: int
 
 
+class Prepared(NamedTuple):
+    """A tile's record and those of its chunks; none when it is stored already."""
+
+    blob_id: BlobId
+    drafts: list[Draft]
+
+
 class _Buffers:
     """Memory for large records, used again once nothing refers to it any more."""
 
@@ -88,37 +100,38 @@ class _Buffers:
     def take(self, size: int) -> memoryview:
         """A writable view of `size` bytes; its memory is free again when the last reference to it goes."""
         with self._lock:
-            for at in range(len(self._kept)):
+            # The one that was free last is the likeliest to be in the processor's cache.
+            for at in reversed(range(len(self._kept))):
                 buffer = self._kept[at]
                 # The list's reference, this loop's, and getrefcount's own.
                 if size <= buffer.size <= 2 * size and sys.getrefcount(buffer) <= 3:
                     self._kept.append(self._kept.pop(at))
                     return buffer.data[:size]
-            fresh = np.empty(layout.aligned(size, BUFFER_FROM_BYTES), dtype=np.uint8)
+            fresh = np.empty(layout.aligned(size, BUFFER_GRAIN_BYTES), dtype=np.uint8)
             self._kept.append(fresh)
             while sum(buffer.size for buffer in self._kept) > BUFFERS_KEPT_BYTES:
                 self._kept.pop(0)
             return fresh.data[:size]
 
 
-class _Recent(Generic[_T]):
+class _Recent(Generic[_K, _T]):
     """What was used last, in two generations: a hit takes no lock and moves nothing."""
 
     def __init__(self, room_bytes: int) -> None:
         self._half = room_bytes // 2
-        self.young: dict[bytes, tuple[_T, int]] = {}
-        self._old: dict[bytes, tuple[_T, int]] = {}
+        self.young: dict[_K, tuple[_T, int]] = {}
+        self._old: dict[_K, tuple[_T, int]] = {}
         self._young_bytes = 0
         self._lock = threading.Lock()
 
-    def get(self, key: bytes) -> _T | None:
+    def get(self, key: _K) -> _T | None:
         """What was kept, or None."""
         found = self.young.get(key)
         if found is None and (found := self._old.get(key)) is not None:
             self.put(key, *found)
         return None if found is None else found[0]
 
-    def put(self, key: bytes, value: _T, size: int) -> None:
+    def put(self, key: _K, value: _T, size: int) -> None:
         """Keep a value of `size` bytes; when the young fill half of the room, old ones nobody asked for go."""
         with self._lock:
             if key not in self.young:
@@ -160,8 +173,10 @@ class WarmStore:
         self._syncing = threading.RLock()
         self._spoiled: set[str] = set()
         # Verified payloads as they were written or read, and what they were parsed into.
-        self._pages = _Recent[bytes](PAGE_CACHE_BYTES // 4)
-        self._parsed = _Recent[Any](PAGE_CACHE_BYTES)
+        self._pages = _Recent[bytes, bytes](PAGE_CACHE_BYTES // 4)
+        self._parsed = _Recent[bytes, Any](PAGE_CACHE_BYTES)
+        self.leaves = _Recent[tuple[bytes, int, int], Any](PAGE_CACHE_BYTES // 2)
+        """Parsed leaves by root, row and column: who knows the place need not go from the root, as in a TLB."""
         self._buffers = _Buffers()
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.RLock()
@@ -222,15 +237,14 @@ class WarmStore:
         return list(self._pool().map(work, items))
 
     def ahead(self, work: Callable[[_T], _R], batches: Iterable[Sequence[_T]]) -> Iterator[list[_R]]:
-        """`spread` of each batch in turn, the next one being worked on while the caller uses the last."""
-        begun: list[Future[_R]] = []
-        for number, batch in enumerate(batches):
-            following = [self._pool().submit(work, item) for item in batch]
-            if number:
-                yield [one.result() for one in begun]
-            begun = following
-        if begun:
-            yield [one.result() for one in begun]
+        """`spread` of each batch in turn, the next BATCHES_AHEAD being worked on while the caller uses the last."""
+        begun: deque[list[Future[_R]]] = deque()
+        for batch in batches:
+            begun.append([self._pool().submit(work, item) for item in batch])
+            if len(begun) > BATCHES_AHEAD:
+                yield [one.result() for one in begun.popleft()]
+        while begun:
+            yield [one.result() for one in begun.popleft()]
 
     def _pool(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -280,19 +294,33 @@ class WarmStore:
         return self.put_tiles([tile], origin) == 1
 
     def put_tiles(
-        self, tiles: Sequence[codec.EncodedTile], origin: bytes, replaced: Mapping[BlobId, BlobId] | None = None
+        self, tiles: Sequence[codec.EncodedTile], origin: bytes, replaced: Sequence[BlobId | None] = ()
     ) -> int:
         """Store the tiles that are not there yet; how many were written.
 
         Args:
-            replaced: which tile a new one takes the place of; it is stored as a change of that where this is small.
+            replaced: which tile each takes the place of, if any (see `prepare`).
         """
-        absent = self._missing([tile.blob_id for tile in tiles])
-        new = {tile.blob_id: tile for tile, gone in zip(tiles, absent, strict=True) if gone}
-        before = replaced or {}
-        drafts = self.spread(lambda tile: self._drafts(tile, origin, before.get(tile.blob_id)), [*new.values()])
-        self._put([chunk for _, *chunks in drafts for chunk in chunks])
-        return self._put([whole for whole, *_ in drafts])
+        pairs = list(zip_longest(tiles, replaced))
+        return self.put_prepared(self.spread(lambda pair: self.prepare(pair[0], origin, pair[1]), pairs))
+
+    def prepare(self, tile: codec.EncodedTile, origin: bytes, replaced: BlobId | None = None) -> Prepared:
+        """The records of a tile, ready to be appended; what they do not need of it can be forgotten.
+
+        Args:
+            replaced: the tile whose place it takes; it is stored as a change of that where this is small.
+        """
+        drafts = [] if self.has(tile.blob_id) else self._drafts(tile, origin, replaced)
+        return Prepared(tile.blob_id, drafts)
+
+    def put_prepared(self, tiles: Sequence[Prepared]) -> int:
+        """Append the tiles that are not there yet, their chunks first; how many were written."""
+        self._put([chunk for tile in tiles for chunk in tile.drafts[1:]])
+        return self._put([tile.drafts[0] for tile in tiles if tile.drafts])
+
+    def buffer(self, size: int) -> memoryview:
+        """Writable memory, free again when the last reference to it goes: `codec.encode_array` copies into it."""
+        return self._buffers.take(size) if size >= BUFFER_GRAIN_BYTES else memoryview(bytearray(size))
 
     def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
         """Store a page, directory node or companion unless it is there; its hash."""
@@ -417,6 +445,7 @@ class WarmStore:
             self._writer, self._ranges, self._pending = None, 0, {}
             self._pages.clear()
             self._parsed.clear()
+            self.leaves.clear()
             self.epoch += 1
 
     def refresh(self) -> None:
@@ -448,11 +477,13 @@ class WarmStore:
     def close(self) -> None:
         """Release every file and lock; what the next opening would read from many index records is kept for it."""
         with self._lock:
+            threads, self._threads = self._threads, None
+        # Not under the lock: what still runs, for a caller that gave up, may ask for it.
+        if threads is not None:
+            threads.shutdown(cancel_futures=True)
+        with self._lock:
             if not self._salvaged:
                 self._addresses.flush(above=ADDRESS_KEPT_ROWS)
-            if self._threads is not None:
-                self._threads.shutdown()
-                self._threads = None
             for file in [*self._files.values(), *self._retired]:
                 file.close()
             self._retired = []
@@ -528,7 +559,10 @@ class WarmStore:
         try:
             # Only the end is digested: its blob_id proves every link.
             chain = self._chain(blob, found, digest=False)
-            payload = delta.decode_chain(self._whole(chain.root, within), chain.links)
+            root = self._whole(chain.root, within)
+            # What was read into a buffer is this reader's alone.
+            own = isinstance(root, memoryview) and not root.readonly
+            payload = delta.decode_chain(root, chain.links, in_place=own)
             if blob_id(KIND_TILE, found.meta, payload) != blob:
                 raise IntegrityError("the parts make a tile with another blob_id", object=blob.hex())
         except IntegrityError:

@@ -6,7 +6,7 @@ values; the codec only decides how those are stored, so identity never depends o
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import cv2
@@ -78,7 +78,9 @@ class EncodedTile(msgspec.Struct, frozen=True):
     payload: bytes | memoryview
 
 
-def encode_array(array: Array, *, quantise: str = "", borrow: bool = False) -> EncodedTile:
+def encode_array(
+    array: Array, *, quantise: str = "", borrow: bool = False, buffer: Callable[[int], memoryview] | None = None
+) -> EncodedTile:
     """Encode an array of 1–4 dimensions.
 
     Args:
@@ -88,6 +90,8 @@ def encode_array(array: Array, *, quantise: str = "", borrow: bool = False) -> E
         borrow: do not copy a contiguous array; `stored` may be its memory. For callers who know that nobody changes
             the array until the tile is written: else the bytes would no longer be those of the blob_id, and a later
             tile that has that content would be taken for stored.
+        buffer: gives memory of a size to copy into, which is used again once nothing refers to it: memory that is new
+            to the process costs more than the copy.
 
     Raises:
         UsageError: a dtype or number of dimensions that cannot be stored.
@@ -100,8 +104,9 @@ def encode_array(array: Array, *, quantise: str = "", borrow: bool = False) -> E
         raise LimitError(f"a tile holds at most {TILE_BYTES_MAX} bytes; got {array.nbytes}")
     values, header = _quantised(array, name, quantise)
     whole = np.ascontiguousarray(values, dtype=DTYPES[header.dtype])
-    lent = borrow or not np.may_share_memory(whole, array)
-    payload = whole.reshape(-1).view(np.uint8).data if lent else whole.tobytes()
+    payload: bytes | memoryview = whole.reshape(-1).view(np.uint8).data
+    if not borrow and np.may_share_memory(whole, array):
+        payload = bytes(payload) if buffer is None else _copied(payload, buffer(whole.nbytes))
     return _encode(header, payload, itemsize=whole.itemsize)
 
 
@@ -267,6 +272,11 @@ def _unshuffled(planes: Bytes, itemsize: int) -> Bytes:
     values = np.empty((1, count, itemsize), dtype=np.uint8)
     cv2.merge(list(planes.reshape(itemsize, 1, count)), values)
     return values.reshape(-1)
+
+
+def _copied(source: memoryview, target: memoryview) -> memoryview:
+    target[:] = source
+    return target.toreadonly()
 
 
 def _encode(header: TileHeader, payload: bytes | memoryview, itemsize: int) -> EncodedTile:

@@ -256,15 +256,18 @@ def decode(codec: int, header: TileHeader, base: Bytes, stored: Bytes) -> memory
     return decode_chain(base, [Link(header, codec, stored)])
 
 
-def decode_chain(base: Bytes, links: Sequence[Link]) -> memoryview:
+def decode_chain(base: Bytes, links: Sequence[Link], *, in_place: bool = False) -> memoryview:
     """The payload at the end of a chain of deltas: one copy of the base, changed in place (a patch takes a new one).
 
     Without links it is the base itself.
 
+    Args:
+        in_place: the base is writable memory that the caller gives away: it is changed instead of a copy.
+
     Raises:
         IntegrityError: as `decode`; tiles between are not verified, only the last blob_id can be.
     """
-    values, owned = np.frombuffer(base, dtype=np.uint8), False
+    values, owned = np.frombuffer(base, dtype=np.uint8), in_place
     for header, codec, stored in links:
         grid = _grid(header)
         if grid.size > len(values) + (len(stored) << _ZSTD_GAIN_LOG):
