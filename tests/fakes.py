@@ -405,6 +405,19 @@ class MemFile:
 
         self._disk.faults.run("truncate", self._path, cut)
 
+    def allocated(self) -> int:
+        return sum(end - start for start, end in self.data_runs())
+
+    def data_runs(self) -> list[tuple[int, int]]:
+        """Blocks of 4 KiB that are not all zero."""
+        now, block = self._data.now, 4096
+        return [(at, min(at + block, len(now))) for at in range(0, len(now), block) if any(now[at : at + block])]
+
+    def punch(self, offset: int, size: int) -> bool:
+        inside = max(0, min(size, len(self._data.now) - offset))
+        self._disk.faults.run("punch", self._path, lambda: self._write(offset, bytes(inside)))
+        return True
+
     def sync(self) -> None:
         def settle() -> None:
             self._data.durable = bytearray(self._data.now)

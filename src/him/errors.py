@@ -12,6 +12,7 @@
     ├── DriftError         the environment is not the one a trace was recorded in
     ├── VersionError       written by newer software than this
     ├── StorageError       the disk or the store refused (full, read-only, failed fsync)
+    │   └── UnavailableError   the cold store does not answer, or answers 5xx
     ├── BusyError          another process holds what is needed
     └── MissingPartError   an optional part is not installed
 
@@ -62,6 +63,13 @@ KINDS: Final[dict[str, Kind]] = {
     "version": Kind("install a newer `him`", 8, 505, "UNIMPLEMENTED", "Written by newer software."),
     "storage": Kind(
         "free space or mend the disk, then run the command again: it resumes", 9, 507, "UNAVAILABLE", "Storage refused."
+    ),
+    "unavailable": Kind(
+        "wait and run it again: what is warm is served meanwhile; `him tier status` shows when the store is back",
+        12,
+        503,
+        "UNAVAILABLE",
+        "The cold store does not answer.",
     ),
     "busy": Kind("wait for the other process, or stop it", 10, 503, "UNAVAILABLE", "Held by another process."),
     "missing_part": Kind("install the named extra", 11, 501, "UNIMPLEMENTED", "An optional part is missing."),
@@ -173,6 +181,12 @@ class StorageError(HimError):
     """The disk or the store refused."""
 
     kind: ClassVar[str] = "storage"
+
+
+class UnavailableError(StorageError):
+    """The cold store does not answer; what it holds is not lost."""
+
+    kind: ClassVar[str] = "unavailable"
 
 
 class BusyError(HimError):

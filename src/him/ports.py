@@ -52,6 +52,18 @@ class File(Protocol):
         """Cut the file to `size` bytes."""
         ...
 
+    def allocated(self) -> int:
+        """Bytes the file takes on the disk; fewer than `size` where it has holes."""
+        ...
+
+    def data_runs(self) -> list[tuple[int, int]]:
+        """(start, end) of the runs that are not holes, in order; what is no hole may still be zeros."""
+        ...
+
+    def punch(self, offset: int, size: int) -> bool:
+        """Free a range, which then reads as zeros; False when someone views a part of it, or nothing can be freed."""
+        ...
+
     def sync(self) -> None:
         """Return once everything written is durable. Raises StorageError; the file must not be trusted after."""
         ...
@@ -106,6 +118,49 @@ class Disk(Protocol):
 
     def sync_folder(self, folder: str) -> None:
         """Make created and removed names durable."""
+        ...
+
+
+class ObjectStore(Protocol):
+    """Objects by name in a bucket, or in a folder that serves as one: the cold tier.
+
+    Names are relative with `/`. Every method may raise StorageError when the store refuses (credentials, quota, a full
+    disk) and UnavailableError when it did not answer, or answered 5xx, for as long as retries are worth it.
+    """
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None when it does not exist."""
+        ...
+
+    def get(self, name: str, limit: int) -> bytes:
+        """A whole small object. Raises NotFoundError, and LimitError above `limit` bytes."""
+        ...
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        """One GET for each (offset, size), several in flight; bytes in the order asked for.
+
+        Raises:
+            NotFoundError: no such object, or one that ends before a range does.
+        """
+        ...
+
+    def put(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Replace a small object atomically; with `if_absent` only where there is none. Whether it was written.
+
+        A reply that was lost leaves the outcome open: then UnavailableError, and the caller reads what is there.
+        """
+        ...
+
+    def upload(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        """Put a large object from its parts in order, in several requests; nothing is visible before the last."""
+        ...
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(name, bytes) of every object whose name begins with `prefix`, sorted; never asked for a decision."""
+        ...
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Remove objects; those that are not there count as removed."""
         ...
 
 
@@ -300,6 +355,7 @@ __all__ = [
     "Disk",
     "File",
     "Memo",
+    "ObjectStore",
     "PictureDecoder",
     "Projection",
     "Recorder",

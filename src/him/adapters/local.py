@@ -23,6 +23,9 @@ _WRITE_OUT_FROM_BYTES: Final = 1024 * 1024
 _START_WRITING: Final = 2
 """SYNC_FILE_RANGE_WRITE of Linux: begin writing out, wait for nothing."""
 _sync_file_range: Final = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_PUNCH_HOLE: Final = 2 | 1
+"""FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE."""
+_fallocate: Final = getattr(ctypes.CDLL(None), "fallocate", None)
 _FLOCK: Final = struct.Struct("hhqqi4x")
 """struct flock of 64-bit Linux: type, whence, start, length, pid."""
 
@@ -94,6 +97,41 @@ class LocalFile:
     def size(self) -> int:
         """Length in bytes."""
         return os.fstat(self._descriptor).st_size
+
+    def allocated(self) -> int:
+        """Blocks the file system keeps for it, in bytes."""
+        return 512 * os.fstat(self._descriptor).st_blocks
+
+    def data_runs(self) -> list[tuple[int, int]]:
+        """By SEEK_DATA and SEEK_HOLE; the whole file where the system knows no holes."""
+        size, at = self.size(), 0
+        runs: list[tuple[int, int]] = []
+        try:
+            while at < size:
+                start = os.lseek(self._descriptor, at, os.SEEK_DATA)
+                at = os.lseek(self._descriptor, start, os.SEEK_HOLE)
+                runs.append((start, at))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # No data behind `at`.
+                return [(0, size)]
+        return runs
+
+    def punch(self, offset: int, size: int) -> bool:
+        """Punch under the exclusive lock of the range, so that nobody's view turns to zeros."""
+        if _fallocate is None:
+            return False
+        # A description of its own: a lock of this one would not meet the views this process lends.
+        descriptor = os.open(f"/proc/self/fd/{self._descriptor}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, offset, size, 0))
+            punched = _fallocate(descriptor, _PUNCH_HOLE, ctypes.c_int64(offset), ctypes.c_int64(size))
+            return int(punched) == 0
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            raise _refused(error, self._path) from error
+        finally:
+            os.close(descriptor)
 
     def truncate(self, size: int) -> None:
         """Cut or extend to `size` bytes."""
