@@ -80,6 +80,22 @@ CHUNKS_FROM_BYTES: Final = 64 * 1024
 CLIENT_DELTA_BYTES_MAX: Final = 80 * 1024 * 1024
 """What DELTA_FLATTEN_RATIO leaves of TILE_BYTES_MAX, rounded up."""
 
+# What goes first when the warm tier is full (spec §9, design §9, docs/design/008-tiers.md)
+EVICT_SMALL_DIVISOR: Final = 10
+"""The small queue's share of what is here and not pinned: one in so many."""
+EVICT_FREQUENCY_MAX: Final = 3
+EVICT_PROMOTE_FROM: Final = 2
+"""Touches in the small queue, after the one that admitted, from which on an extent goes to main."""
+TOUCH_GRAIN_NS: Final = 1_000_000_000
+"""Touches of one extent in the same second are one: an extent holds many records."""
+PIN_TOUCHES: Final = 30
+"""N: an extent touched more often than this within the window is pinned; at most 61."""
+PIN_WINDOW_MINUTES: Final = 10
+PIN_FOR_NS: Final = 30 * 60 * 1_000_000_000
+HOTNESS_KEYS_MAX: Final = 1_000_000
+"""Extents (and ghosts) whose hotness is saved: those of 256 GiB."""
+HOTNESS_BYTES_MAX: Final = 64 * 1024 * 1024
+
 # Limits on what comes from outside
 TILE_BYTES_MAX: Final = 256 * 1024 * 1024
 IMAGE_PIXELS_MAX: Final = 160 * 1024 * 1024
