@@ -9,7 +9,6 @@ import time
 import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from statistics import median
 
 import numpy as np
@@ -198,3 +197,43 @@ def _compared(name: str, trace: Trace, room: int, size: str) -> Iterator[Row]:
         "evict", f"{name}, cache {size}: beside LRU", round(ours, 4), "hit ratio", against=round(lru, 4),
         ratio=round(ours / lru, 3) if lru else None, goal="ours / LRU >= 1", holds=ours >= lru, **more,
     )  # fmt: skip
+
+
+def _costs(keys: int) -> Iterator[Row]:
+    """What one key costs, in batches of a record's extents; and the memory of a full policy."""
+    trace = _named(np.random.default_rng(3).permutation(keys))
+    batches = [trace[at : at + _RECORD] for at in range(0, keys, _RECORD)]
+    # The keys are the policy's, too: they are made while it is counted.
+    tracemalloc.start()
+    policy, now = EvictionPolicy(), 0
+    for batch in batches:
+        now += _STEP_NS
+        policy.touch([(pack, extent) for pack, extent in batch], now)
+    resident = tracemalloc.get_traced_memory()[0] / keys
+    policy.victims(keys // 2, now)
+    both = tracemalloc.get_traced_memory()[0] / keys * 2
+    tracemalloc.stop()
+    yield row("evict", "memory of an extent that is here", round(resident), "bytes", extents=keys)
+    yield row("evict", "memory of an extent that is here and of its ghost", round(both), "bytes", extents=keys // 2)
+    yield row("evict", "saved hotness of an extent and its ghost", round(len(policy.dump()) / keys * 2, 1), "bytes")
+    took: dict[str, list[float]] = {name: [] for name in ("admission", "hit", "hit in the same second", "victim")}
+    for _ in range(5):
+        policy = EvictionPolicy()
+        for at, name in enumerate(("admission", "hit", "hit in the same second")):
+            took[name].append(_each(lambda b, p=policy, at=at: p.touch(b, min(at + 1, 2) * _STEP_NS), batches, keys))
+        gone = [[_RECORD] for _ in range(keys // _RECORD)]
+        took["victim"].append(_each(lambda b, p=policy: p.victims(b[0], 3 * _STEP_NS), gone, keys))
+    for name, values in took.items():
+        yield row("evict", f"{name}, {_RECORD} keys at once", round(median(values), 3), "µs a key", keys=keys)
+    singles = [[key] for key in trace]
+    policy = EvictionPolicy()
+    for at, name in enumerate(("admission", "hit")):
+        value = _each(lambda b, p=policy, at=at: p.touch(b, (at + 1) * _STEP_NS), singles, keys)
+        yield row("evict", f"{name}, one key at once", round(value, 3), "µs a key", keys=keys)
+
+
+def _each(work: Callable[[list], object], batches: list[list], keys: int) -> float:
+    began = time.perf_counter()
+    for batch in batches:
+        work(batch)
+    return (time.perf_counter() - began) / keys * 1e6
