@@ -91,7 +91,7 @@ EVICT_PROMOTE_FROM: Final = 1
 TOUCH_GRAIN_NS: Final = 1_000_000_000
 """Touches of one extent in the same second are one: an extent holds many records."""
 PIN_TOUCHES: Final = 30
-"""N: an extent touched more often than this within the window is pinned; at most 61."""
+"""N: an extent touched more often than this within the window is pinned (one a second counts)."""
 PIN_WINDOW_MINUTES: Final = 10
 PIN_FOR_NS: Final = 30 * 60 * 1_000_000_000
 HOTNESS_KEYS_MAX: Final = 1_000_000

@@ -39,10 +39,10 @@ Extent = tuple[int, int]
 
 _SMALL, _MAIN, _PINNED, _GONE = range(4)
 _MINUTE_NS: Final = 60_000_000_000
-_DIGIT: Final = 6
+_DIGIT: Final = 10
 """Bits in which the touches of a minute are counted."""
 _DIGIT_SUM: Final = (1 << _DIGIT) - 1
-"""A number modulo this is the sum of its digits, as long as the sum is less: it never passes PIN_TOUCHES + 1."""
+"""A number modulo this is the sum of its digits, as long as the sum is less: a window has at most 660 seconds."""
 _WINDOW: Final = (1 << _DIGIT * (PIN_WINDOW_MINUTES + 1)) - 1
 """The minute that runs and those before it, one more than the window has: no touch within the window is missed."""
 _MAGIC: Final = b"HIMHEAT\x01"
@@ -122,7 +122,7 @@ class EvictionPolicy:
                     entry.recent = entry.recent << _DIGIT * passed & _WINDOW if kept else 0
                 entry.recent += 1
                 if entry.recent % _DIGIT_SUM > PIN_TOUCHES:
-                    entry.recent, entry.pinned_until = 0, now_ns + PIN_FOR_NS
+                    entry.pinned_until = now_ns + PIN_FOR_NS
 
     def adopt(self, keys: Sequence[Extent]) -> None:
         """Extents are here of which nothing is known: they go before all others, the first of them first."""
