@@ -201,8 +201,9 @@ def _compared(name: str, trace: Trace, room: int, size: str) -> Iterator[Row]:
 
 def _costs(keys: int) -> Iterator[Row]:
     """What one key costs, in batches of a record's extents; and the memory of a full policy."""
-    trace = _named(np.random.default_rng(3).permutation(keys))
-    batches = [trace[at : at + _RECORD] for at in range(0, keys, _RECORD)]
+    rng, records = np.random.default_rng(3), keys // _RECORD
+    keys = records * _RECORD
+    batches = [_named(record * _RECORD + np.arange(_RECORD)) for record in rng.permutation(records)]
     # The keys are the policy's, too: they are made while it is counted.
     tracemalloc.start()
     policy, now = EvictionPolicy(), 0
@@ -221,11 +222,11 @@ def _costs(keys: int) -> Iterator[Row]:
         policy = EvictionPolicy()
         for at, name in enumerate(("admission", "hit", "hit in the same second")):
             took[name].append(_each(lambda b, p=policy, at=at: p.touch(b, min(at + 1, 2) * _STEP_NS), batches, keys))
-        gone = [[_RECORD] for _ in range(keys // _RECORD)]
+        gone = [[_RECORD]] * records
         took["victim"].append(_each(lambda b, p=policy: p.victims(b[0], 3 * _STEP_NS), gone, keys))
     for name, values in took.items():
         yield row("evict", f"{name}, {_RECORD} keys at once", round(median(values), 3), "µs a key", keys=keys)
-    singles = [[key] for key in trace]
+    singles = [[key] for key in _named(rng.permutation(keys))]
     policy = EvictionPolicy()
     for at, name in enumerate(("admission", "hit")):
         value = _each(lambda b, p=policy, at=at: p.touch(b, (at + 1) * _STEP_NS), singles, keys)

@@ -40,14 +40,36 @@ def test_untouched_extents_go_in_the_order_they_came() -> None:
     assert full(40).victims(100, START) == [(0, number) for number in range(40)]
 
 
-@given(st.integers(2, 60), st.data())
+@given(st.integers(8, 60), st.data())
 def test_touched_extents_outlive_untouched_ones_of_the_same_age(count: int, data: st.DataObject) -> None:
     policy = full(count)
-    touched = data.draw(st.sets(st.integers(0, count - 1)))
+    # Up to what main may hold beside the small queue's share; newcomers come, one for each that goes.
+    touched = data.draw(st.sets(st.integers(0, count - 1), max_size=count * 3 // 4))
     policy.touch([(0, number) for number in sorted(touched)], START + SECOND)
-    order = drained(policy, START + SECOND)
-    assert {number for _, number in order[: count - len(touched)]} == set(range(count)) - touched
-    assert len(order) == count
+    untouched = [(0, number) for number in range(count) if number not in touched]
+    for number, key in enumerate(untouched):
+        assert policy.victims(1, START + SECOND) == [key]
+        policy.touch([(1, number)], START + SECOND)
+    assert all((0, number) in policy for number in touched)
+
+
+def test_what_is_touched_again_and_again_stays_in_main_when_its_neighbours_go() -> None:
+    policy = full(100)
+    policy.touch([(0, number) for number in range(90)], START + SECOND)
+    assert policy.victims(1, START + SECOND) == [(0, 90)]
+    policy.touch([(0, number) for number in range(0, 90, 2)], START + 2 * SECOND)
+    policy.touch([(0, 91)], START + 2 * SECOND)
+    order = drained(policy, START + 2 * SECOND)
+    odd, even = ({order.index((0, number)) for number in range(first, 90, 2)} for first in (1, 0))
+    assert max(odd) < min(even)
+
+
+def test_main_gives_way_when_the_small_queue_has_no_more_than_its_share() -> None:
+    policy = full(100)
+    policy.touch([(0, number) for number in range(95)], START + SECOND)
+    policy.touch([(1, number) for number in range(10)], START + SECOND)
+    # Newcomers are not swept through a queue of nothing while main is never asked.
+    assert len([key for key in policy.victims(40, START + SECOND) if key < (0, 95)]) >= 20
 
 
 def test_a_scan_of_any_length_leaves_what_is_used_alone() -> None:
