@@ -69,7 +69,8 @@ def test_main_gives_way_when_the_small_queue_has_no_more_than_its_share() -> Non
     policy.touch([(1, number) for number in range(10)], START + SECOND)
     # Else newcomers would be swept through a queue of nothing while main is never asked.
     gone = policy.victims(12, START + SECOND)
-    assert gone[:5] == [(0, number) for number in range(95, 100)] and all(pack == 0 for pack, _ in gone)
+    assert gone[:5] == [(0, number) for number in range(95, 100)]
+    assert sum(pack == 1 for pack, _ in gone) <= 1
 
 
 def test_a_scan_of_any_length_leaves_what_is_used_alone() -> None:
