@@ -28,7 +28,7 @@ _PACK = 256
 _RECORD = 64
 """Extents that a record of 16 MiB takes."""
 _STEP_NS = TOUCH_GRAIN_NS
-"""Between touches, so that each of them counts; the rows `1,000 touches a second` have less."""
+"""Between touches, so that each of them counts."""
 
 
 def run(*, tiny: bool = False) -> Rows:

@@ -84,8 +84,8 @@ CLIENT_DELTA_BYTES_MAX: Final = 80 * 1024 * 1024
 EVICT_SMALL_DIVISOR: Final = 10
 """The small queue's share of what is here and not pinned: one in so many."""
 EVICT_FREQUENCY_MAX: Final = 2
-"""Rounds in main that touches are worth: 3, as published, gains .002 at Zipf 1.0 and loses .04 where the working set
-shifts (`bench evict`, cache 10 %)."""
+"""Rounds in main that touches are worth: 3, as published, gains .002 of Belady's hits at Zipf 1.0 and loses .02 of LRU's
+where the working set shifts (cache 10 %)."""
 EVICT_PROMOTE_FROM: Final = 1
 """Touches in the small queue, after the one that admitted, from which on an extent goes to main."""
 TOUCH_GRAIN_NS: Final = 1_000_000_000
