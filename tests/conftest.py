@@ -4,6 +4,7 @@ import os
 
 import pytest
 from hypothesis import HealthCheck, settings
+from servers import _s3_proxy, s3_keys, s3_proxy, s3_server  # noqa: F401
 
 # Two cores and slow disks: a property test is judged by its examples, never by its time.
 settings.register_profile("him", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -22,9 +23,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 @pytest.fixture(autouse=True)
 def _own_world(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """No test sees the caller's repository, daemon or terminal settings."""
+    """No test sees the caller's repository, daemon, keys or terminal settings."""
     for name in ("HIM_REPO", "HIM_DEBUG", "COLUMNS", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
     runtime = tmp_path_factory.getbasetemp() / "run"
     runtime.mkdir(mode=0o700, exist_ok=True)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))

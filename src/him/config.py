@@ -53,6 +53,26 @@ BUFFER_GRAIN_BYTES: Final = 64 * 1024
 """Buffers are multiples of this; smaller values are not worth one."""
 BUFFERS_KEPT_BYTES: Final = 256 * 1024 * 1024
 
+# The cold tier's store (docs/design/008-tiers.md)
+COLD_FLIGHT_MAX: Final = 16
+"""Ranged GETs a process keeps in flight to one bucket."""
+COLD_PART_BYTES: Final = 8 * 1024 * 1024
+"""Of a part of an upload; S3 allows 10,000 of at least 5 MiB."""
+COLD_PARTS_FLIGHT_MAX: Final = 4
+"""Parts of one upload in flight: with the one being gathered, what an upload holds in memory."""
+COLD_RETRIES_MAX: Final = 8
+"""Where 30 % of the requests fail, one in 50,000 runs out of them."""
+COLD_BACKOFF_FIRST_MS: Final = 50
+COLD_BACKOFF_MAX_MS: Final = 2_000
+COLD_BACKOFF_BASE: Final = 3
+"""A wait is drawn between the first one and so many times the one before."""
+COLD_RETRY_SECONDS: Final = 20
+"""After this long a request is not tried again."""
+COLD_CONNECT_SECONDS: Final = 5
+COLD_REQUEST_SECONDS: Final = 30
+"""For one try with its body, both ways: a part of an upload then needs 2.2 Mbit/s."""
+OBJECT_NAME_CHARS_MAX: Final = 512
+
 # Deltas (spec §9)
 DELTA_DEPTH_MAX: Final = 4
 DELTA_FLATTEN_RATIO: Final = 0.30
