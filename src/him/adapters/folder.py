@@ -61,10 +61,10 @@ class ObjectFolder:
         """Make the folder if only its last part is missing. Raises StorageError: a mount may be missing."""
         self._root = root
         self._durable = {root}
+        if root.is_dir():
+            return
         try:
             root.mkdir(mode=0o700)
-        except FileExistsError:
-            return
         except OSError as error:
             raise StorageError(
                 f"the cold folder cannot be made ({os.strerror(error.errno or 0)})",
@@ -165,24 +165,22 @@ class ObjectFolder:
     def _write(self, name: str, parts: Iterable[bytes | memoryview], *, if_absent: bool) -> bool:
         full = self._root / checked_name(name)
         self._there()
-        try:
+        with _writing(full):
             beside, descriptor = self._begin()
-            try:
-                for part in parts:
+        try:
+            for part in parts:
+                with _writing(full):
                     _write_all(descriptor, part)
+            with _writing(full):
                 os.fsync(descriptor)
                 self._make_folder(full.parent)
                 written = _name(beside, full, if_absent=if_absent)
                 # Also when it was there before: its writer may not have come so far.
                 self._sync(full.parent)
-            finally:
+        finally:
+            with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
-                os.close(descriptor)
-        except OSError as error:
-            failure = _refused(error, str(full))
-            if isinstance(failure, NotFoundError):
-                failure = StorageError("a part of the name is an object, or the folder was removed", place=str(full))
-            raise failure from error
+            os.close(descriptor)
         return written
 
     def _begin(self) -> tuple[Path, int]:
@@ -242,6 +240,19 @@ class ObjectFolder:
             self._there()
         except OSError as error:
             raise _refused(error, self._place(folder)) from error
+
+
+@contextlib.contextmanager
+def _writing(full: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        failure = _refused(error, str(full))
+        if isinstance(failure, NotFoundError):
+            failure = StorageError(
+                "the cold folder holds an object or nothing where a folder is needed", place=str(full)
+            )
+        raise failure from error
 
 
 def _write_all(descriptor: int, part: bytes | memoryview) -> None:
