@@ -268,6 +268,10 @@ def test_a_request_is_tried_a_bounded_number_of_times(
         with pytest.raises(UnavailableError, match="503"):
             call()
         assert s3_proxy.counts.requests == 3 * number
+    s3_proxy.counts.requests = 0
+    with pytest.raises(UnavailableError):
+        far.get_ranges("p", [(0, 1)] * 200)
+    assert s3_proxy.counts.requests < 200, "a call that failed begins nothing any more"
     s3_proxy.refuse()
     for call in calls:
         with pytest.raises(UnavailableError):

@@ -12,7 +12,7 @@ import random
 import re
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -209,10 +209,13 @@ class ObjectBucket:
             return [self._range(name, *ranges[0])]
         flight = [self._flight.submit(self._range, name, offset, size) for offset, size in ranges]
         try:
-            return [one.result() for one in flight]
+            for one in wait(flight, return_when=FIRST_EXCEPTION).done:
+                one.result()
         finally:
+            # Those in flight end by themselves; nothing is begun any more for a call that failed.
             for one in flight:
                 one.cancel()
+        return [one.result() for one in flight]
 
     def put(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
         """One PUT, by If-None-Match with `if_absent`."""
@@ -277,7 +280,7 @@ class ObjectBucket:
     def _put_absent(self, name: str, data: bytes) -> bool:
         """Retried by hand: once a try that failed may have been carried out, "taken" says nothing."""
         errors, place, lost = _obstore("exceptions"), self._place(name), False
-        waits, deadline = _waits(self._retries), time.monotonic() + COLD_RETRY_SECONDS
+        pauses, deadline = _pauses(self._retries), time.monotonic() + COLD_RETRY_SECONDS
         while True:
             try:
                 _obstore().put(self._once, name, data, mode="create", use_multipart=False)
@@ -295,10 +298,10 @@ class ObjectBucket:
             if not isinstance(failure, UnavailableError):
                 raise failure
             lost = lost or not (taken or _CONNECTING.search(said))
-            wait = next(waits, None)
-            if wait is None or time.monotonic() + wait > deadline:
+            pause = next(pauses, None)
+            if pause is None or time.monotonic() + pause > deadline:
                 raise failure
-            time.sleep(wait)
+            time.sleep(pause)
 
     @contextlib.contextmanager
     def _asking(self, name: str, *, writes: bool = False) -> Generator[None]:
@@ -385,7 +388,7 @@ def _status(said: str) -> int:
 
 
 def _retry(retries: int) -> Mapping[str, Any]:
-    """The library's own retries: the same waits as `_waits`."""
+    """The library's own retries: the same pauses as `_pauses`."""
     return {
         "max_retries": retries,
         "retry_timeout": timedelta(seconds=COLD_RETRY_SECONDS),
@@ -397,12 +400,12 @@ def _retry(retries: int) -> Mapping[str, Any]:
     }
 
 
-def _waits(retries: int) -> Iterator[float]:
+def _pauses(retries: int) -> Iterator[float]:
     """Seconds before each retry: exponential, with jitter that does not keep writers in step."""
-    wait = COLD_BACKOFF_FIRST_MS
+    pause = COLD_BACKOFF_FIRST_MS
     for _ in range(retries):
-        yield wait / 1_000
-        wait = min(COLD_BACKOFF_MAX_MS, random.uniform(COLD_BACKOFF_FIRST_MS, wait * COLD_BACKOFF_BASE))
+        yield pause / 1_000
+        pause = min(COLD_BACKOFF_MAX_MS, random.uniform(COLD_BACKOFF_FIRST_MS, pause * COLD_BACKOFF_BASE))
 
 
 def _obstore(part: str = "") -> Any:
