@@ -20,9 +20,10 @@ from him.catalog.history import History
 from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
 from him.config import EMBEDDING_DIMS
-from him.errors import NotFoundError, StorageError
+from him.errors import NotFoundError, StorageError, UnavailableError
 from him.ingest import Ingest
 from him.ports import Disk
+from him.tier.mirror import Mirror
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import blob_id
@@ -441,6 +442,56 @@ class MemFile:
         self.unlock()
 
 
+class MemObjects:
+    """`ports.ObjectStore` in a dict that counts requests and can be told to fail, or to keep other bytes."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.requests: list[tuple[str, int, int]] = []
+        self.down = False
+        self.spoil: Callable[[bytes], bytes] = bytes
+
+    def _answer(self, name: str) -> bytes:
+        if self.down:
+            raise UnavailableError("the store answers 503", place=name)
+        if name not in self.objects:
+            raise NotFoundError("no such object", place=name)
+        return self.objects[name]
+
+    def size(self, name: str) -> int | None:
+        try:
+            return len(self._answer(name))
+        except NotFoundError:
+            return None
+
+    def get(self, name: str, limit: int) -> bytes:
+        assert len(self._answer(name)) <= limit
+        return self._answer(name)
+
+    def get_ranges(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        data = self._answer(name)
+        assert all(offset + size <= len(data) for offset, size in ranges)
+        self.requests += [(name, offset, size) for offset, size in ranges]
+        return [memoryview(data)[offset : offset + size] for offset, size in ranges]
+
+    def put(self, name: str, data: bytes, *, if_absent: bool = False) -> bool:
+        if self.size(name) is not None and if_absent:
+            return False
+        self.objects[name] = bytes(data)
+        return True
+
+    def upload(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
+        self.size(name)
+        self.objects[name] = self.spoil(b"".join(parts))
+
+    def list(self, prefix: str) -> Iterator[tuple[str, int]]:
+        return iter(sorted((name, len(data)) for name, data in self.objects.items() if name.startswith(prefix)))
+
+    def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.objects.pop(name, None)
+
+
 # -- a repository without `app`
 
 
@@ -451,16 +502,24 @@ class Stack:
     """The storage rooms put together over any Disk; projection and memo in memory."""
 
     def __init__(
-        self, disk: Disk, *, clock: FakeClock | None = None, rng: FakeRng | None = None, writer: str = "test:1"
+        self,
+        disk: Disk,
+        *,
+        clock: FakeClock | None = None,
+        rng: FakeRng | None = None,
+        writer: str = "test:1",
+        mirror: Mirror | None = None,
     ) -> None:
         self.disk = disk
         self.clock, self.rng = clock or FakeClock(), rng or FakeRng()
         self.log = FileLog(disk)
         self.projection = SqliteProjection(None)
         self.memo = DictMemo()
-        self.store = WarmStore(disk, self.projection, self.rng, REPOSITORY_ID)
+        self.store = WarmStore(disk, self.projection, self.rng, REPOSITORY_ID, mirror)
         self.history = History(self.log, self.projection, self.store, self.memo, self.clock, self.rng, writer)
         self.history.refresh()
+        if mirror is not None:
+            mirror.watch(self.history.finished_packs, self.log.published)
         self.reader, self.encoder = FakeReader(), FakeEncoder()
         self.ingest = Ingest(self.history, self.store, self.memo, self.clock, self.reader, self.encoder)
 
@@ -473,7 +532,7 @@ class Stack:
         return SnapshotReader(self.store, self.memo, self.history.snapshot(name).directory)
 
     def fsck(self) -> FsckReport:
-        return Fsck(self.disk, self.history, self.projection, self.store).run()
+        return Fsck(self.history, self.projection, self.store).run()
 
     def content(self) -> dict[str, object]:
         """Everything a user could see, by value: names, attributes, and each snapshot's frames with all their bytes."""

@@ -23,6 +23,7 @@ from him import doctor
 from him.adapters.local import LocalDisk, SystemClock, SystemRng
 from him.adapters.minilm import MiniLmEncoder
 from him.adapters.npy import NpyFile
+from him.adapters.objects import open_store
 from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
 from him.adapters.rapidocr import RapidTextReader
@@ -38,6 +39,7 @@ from him.config import (
     IMAGE_FILE_BYTES_MAX,
     IMAGE_PIXELS_MAX,
     TREE_BYTES_MAX,
+    WARM_BUDGET_BYTES_LEAST,
 )
 from him.errors import (
     ConflictError,
@@ -49,10 +51,10 @@ from him.errors import (
     UsageError,
     VersionError,
 )
-from him.handle import Parts, SnapshotHandle, read_limited
+from him.handle import Parts, SnapshotHandle, TierHandle, read_limited
 from him.ingest import Ingest, IngestReport, Progress
 from him.perception import parse_tree
-from him.ports import Clock, Disk, Recorder, Rng, TextEncoder, TextReader
+from him.ports import Clock, Disk, ObjectStore, Recorder, Rng, TextEncoder, TextReader
 from him.query import Answer, QuerySource, answer, plan
 from him.query.calibrate import shipped
 from him.query.snapshot import RowCache, SnapshotSource
@@ -62,6 +64,7 @@ from him.replay import replay as replay_trace
 from him.replay import save as save_trace
 from him.replay.trace import names as trace_names
 from him.replay.trace import new_trace
+from him.tier.mirror import Mirror, receipts
 from him.tier.warm import PACK_FOLDER, WarmStore
 from him.types import (
     TRACE_PREFIX,
@@ -83,6 +86,16 @@ _SAMPLES_KEPT: Final = 64
 _SAMPLES_NEEDED: Final = 20
 
 
+TIER: Final = "tier.json"
+
+
+class TierSettings(msgspec.Struct, frozen=True):
+    """What `tier.json` holds: where the cold tier is, and how much of this disk the packs may take."""
+
+    cold: str
+    budget_bytes: int
+
+
 class _Marker(msgspec.Struct):
     """What `him.json` holds."""
 
@@ -100,6 +113,7 @@ def open(
     reader: TextReader | None = None,
     encoder: TextEncoder | None = None,
     disk: Disk | None = None,
+    cold: ObjectStore | None = None,
 ) -> "Repository":
     """Open a repository.
 
@@ -107,6 +121,7 @@ def open(
         path: its folder.
         create: make it when the folder is missing or empty.
         clock, rng, reader, encoder, disk: other ports than the embedded ones; a disk must hold the same folder.
+        cold: another cold store than the one `tier.json` names; only used where there is such a file.
 
     Raises:
         NotFoundError: no repository there.
@@ -120,7 +135,7 @@ def open(
         if not create:
             raise NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
         _create(root, disk or LocalDisk(root), clock, rng)
-    return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder(), disk)
+    return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder(), disk, cold)
 
 
 def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
@@ -146,6 +161,17 @@ def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
     marker = _Marker(FORMAT_VERSION, rng.token(16).hex(), clock.now_ns())
     # Last, so that a crash leaves either no repository or a whole one.
     disk.write_whole(MARKER, msgspec.json.encode(marker) + b"\n")
+
+
+def _mirror(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None) -> Mirror | None:
+    """The packs' way to the cold tier, where one is set. Raises UsageError for settings that do not parse."""
+    try:
+        settings = msgspec.json.decode((root / TIER).read_bytes(), type=TierSettings)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise UsageError(f"{TIER} does not parse ({error})", place=TIER, fix="set it anew: `him tier set`") from error
+    return Mirror(disk, cold or open_store(settings.cold), clock, settings.budget_bytes, background=True)
 
 
 def _left_by_creation(entry: Path) -> bool:
@@ -174,7 +200,14 @@ class Repository:
     """A repository: snapshots to write and read, queries, replays, checks. Use as a context manager."""
 
     def __init__(
-        self, path: Path, clock: Clock, rng: Rng, reader: TextReader, encoder: TextEncoder, disk: Disk | None = None
+        self,
+        path: Path,
+        clock: Clock,
+        rng: Rng,
+        reader: TextReader,
+        encoder: TextEncoder,
+        disk: Disk | None = None,
+        cold: ObjectStore | None = None,
     ) -> None:
         self.path = path
         self._repository_id = _read_marker(path).repository_id
@@ -185,10 +218,13 @@ class Repository:
         cache = None if self.read_only else path / "cache"
         self._projection = SqliteProjection(cache / "projection.sqlite" if cache else None)
         self._memo = SqliteMemo(cache / "memo.sqlite" if cache else None)
-        self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(self._repository_id))
+        self._mirror = None if self.read_only else _mirror(path, self._disk, clock, cold)
+        self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(self._repository_id), self._mirror)
         writer = f"{platform.node()}:{os.getpid()}"
         self._history = History(self._log, self._projection, self._store, self._memo, clock, rng, writer)
         self._history.refresh()
+        if self._mirror is not None:
+            self._mirror.watch(self._history.finished_packs, self._log.published)
         self._ingest = Ingest(self._history, self._store, self._memo, clock, reader, encoder)
         self._decoder = PillowDecoder()
         self._parts = Parts(self._store, self._memo, self._history, self._ingest, self._decoder, self.query)
@@ -206,9 +242,51 @@ class Repository:
     def close(self) -> None:
         """Release files and locks; what was acknowledged is durable already."""
         self._store.close()
+        if self._mirror is not None:
+            self._mirror.close()
         self._log.close()
         self._projection.close()
         self._memo.close()
+
+    # -- tiers
+
+    def set_tier(self, cold: str, budget_bytes: int) -> None:
+        """Name the cold tier and the warm budget; they hold from the next opening on.
+
+        Args:
+            cold: a folder, or `s3://bucket/prefix` (credentials come from the environment).
+            budget_bytes: what the packs may take on this disk.
+
+        Raises:
+            UsageError: a store that cannot be, or a budget too small to work in.
+            ConflictError: the cold tier belongs to another repository, or lacks packs that only the present one holds.
+        """
+        if budget_bytes < WARM_BUDGET_BYTES_LEAST:
+            raise UsageError(
+                f"a warm budget of {budget_bytes} bytes is too small", fix=f"give at least {WARM_BUDGET_BYTES_LEAST}"
+            )
+        store, own = open_store(cold), self._disk.open(MARKER)
+        with contextlib.closing(own):
+            marker = own.read_at(0, own.size())
+        if not store.put(MARKER, marker, if_absent=True) and store.get(MARKER, len(marker) + 4096) != marker:
+            raise ConflictError("the cold tier belongs to another repository", object=cold, fix="name another prefix")
+        absent = [receipt.pack for receipt in receipts(self._disk) if store.size(receipt.pack) != receipt.size]
+        if absent:
+            raise ConflictError(
+                f"{len(absent)} packs are in the present cold tier and not in this one",
+                object=absent[0],
+                fix="copy its objects to the new place first; parts of them may be nowhere else",
+            )
+        self._disk.write_whole(TIER, msgspec.json.encode(TierSettings(cold, budget_bytes)) + b"\n")
+
+    @property
+    def tier(self) -> "TierHandle":
+        """The cold tier behind the packs. Raises UsageError when none is set."""
+        if self._mirror is None:
+            raise UsageError(
+                "the repository has no cold tier", fix="name one: `him tier set --cold PLACE --budget 10GB`"
+            )
+        return TierHandle(self._mirror, self._store, self._memo, self._history, self._clock)
 
     # -- snapshots and names
 
@@ -454,7 +532,7 @@ class Repository:
         if rebuild:
             self._history.rebuild()
             self._store.forget_addresses()
-        return Fsck(self._disk, self._history, self._projection, self._store, progress).run()
+        return Fsck(self._history, self._projection, self._store, progress).run()
 
     def doctor(self) -> list[dict[str, object]]:
         """Checks of the machine and the installation: check, ok, detail, fix."""

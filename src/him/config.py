@@ -53,7 +53,15 @@ BUFFER_GRAIN_BYTES: Final = 64 * 1024
 """Buffers are multiples of this; smaller values are not worth one."""
 BUFFERS_KEPT_BYTES: Final = 256 * 1024 * 1024
 
-# The cold tier's store (docs/design/008-tiers.md)
+# Tiers (spec §1.3, §7, design §6, §9, docs/design/008-tiers.md)
+EXTENT_BYTES: Final = 256 * 1024
+"""What is fetched from the cold tier and freed at once."""
+WARM_FREE_RATIO: Final = 0.10
+"""Of the warm budget kept free for what is written: fetching never fills it."""
+WARM_BUDGET_BYTES_LEAST: Final = 16 * 1024 * 1024
+WARM_PACK_RATIO: Final = 1 / 16
+"""A pack that is written to takes at most this part of the budget (and one commit more)."""
+PIN_MINUTES: Final = 30.0
 COLD_FLIGHT_MAX: Final = 16
 """Ranged GETs a process keeps in flight to one bucket."""
 COLD_PART_BYTES: Final = 8 * 1024 * 1024
@@ -104,8 +112,8 @@ CLIENT_DELTA_BYTES_MAX: Final = 80 * 1024 * 1024
 EVICT_SMALL_DIVISOR: Final = 10
 """The small queue's share of what is here and not pinned: one in so many."""
 EVICT_FREQUENCY_MAX: Final = 2
-"""Rounds in main that touches are worth: 3, as published, gains .002 of Belady's hits at Zipf 1.0 and loses .02 of LRU's
-where the working set shifts (cache 10 %)."""
+"""Rounds in main that touches are worth: 3, as published, gains .002 of Belady's hits at Zipf 1.0 and loses .02 of
+LRU's where the working set shifts (cache 10 %)."""
 EVICT_PROMOTE_FROM: Final = 1
 """Touches in the small queue, after the one that admitted, from which on an extent goes to main."""
 TOUCH_GRAIN_NS: Final = 1_000_000_000

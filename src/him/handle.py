@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from him.catalog.history import History
 from him.catalog.reader import SnapshotReader
-from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX
+from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX, PIN_MINUTES
 from him.errors import LimitError, NotFoundError, UsageError
 from him.ingest import Ingest, IngestReport, Progress
-from him.ports import Memo, PictureDecoder
+from him.ports import Clock, Memo, PictureDecoder
 from him.pyramid import diff, directory, levels
 from him.query import Answer
+from him.tier.mirror import Mirror, TierStatus
 from him.tier.warm import WarmStore
 from him.tile import delta
 from him.tile.address import tile_id
@@ -36,6 +37,45 @@ class Parts(NamedTuple):
     ingest: Ingest
     decoder: PictureDecoder
     query: Callable[..., Answer]
+
+
+class TierHandle:
+    """What is here and what is only in the cold tier, and how to move it."""
+
+    def __init__(self, mirror: Mirror, store: WarmStore, memo: Memo, history: History, clock: Clock) -> None:
+        self._mirror, self._store, self._memo, self._history, self._clock = mirror, store, memo, history, clock
+
+    def status(self) -> TierStatus:
+        """Figures of this moment."""
+        return self._mirror.status()
+
+    def push(self, progress: Progress | None = None) -> int:
+        """Copy to the cold tier, and read back, every finished pack it does not hold; how many there were.
+
+        Raises:
+            UnavailableError, StorageError, IntegrityError: what was copied until then stays copied.
+        """
+        return self._mirror.push_all(progress)
+
+    def demote(self, keep_bytes: int = 0) -> int:
+        """Free what is used least until the packs take at most `keep_bytes`; what is only here stays. Bytes freed."""
+        return self._mirror.demote(keep_bytes)
+
+    def admit(self, snapshot: str, stream: str, frame: str) -> bool:
+        """Have a frame's tiles here; False when the budget has no room for all of them. Raises NotFoundError."""
+        return self._mirror.ahead(self._places(snapshot, stream, frame))
+
+    def pin(self, snapshot: str, stream: str, frame: str, minutes: float = PIN_MINUTES) -> int:
+        """Keep a frame's tiles from being freed for a while; extents pinned. Raises NotFoundError."""
+        return self._mirror.pin(self._places(snapshot, stream, frame), self._clock.now_ns() + int(minutes * 60e9))
+
+    def unpin(self, snapshot: str, stream: str, frame: str) -> None:
+        """Take that back. Raises NotFoundError."""
+        self._mirror.unpin(self._places(snapshot, stream, frame))
+
+    def _places(self, snapshot: str, stream: str, frame: str) -> list[tuple[str, int, int]]:
+        reader = SnapshotReader(self._store, self._memo, self._history.snapshot(snapshot).directory)
+        return self._store.places(reader.present(key).blob_id for key in reader.keys(stream, frame))
 
 
 class SnapshotHandle:

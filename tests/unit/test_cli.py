@@ -134,6 +134,12 @@ def tree(path: Path, word: str = "Submit") -> None:
     path.write_text(json.dumps(nodes), "utf-8")
 
 
+TIER = dict.fromkeys(
+    ("budget_bytes", "used_bytes", "pinned_bytes", "cold_bytes", "cold_packs", "warm_bytes", "only_warm_packs",
+     "fetched_bytes", "fetches", "freed_bytes", "passed_through"), int
+) | {"fault": str}  # fmt: skip
+
+
 def shape(value: object, schema: object, where: str = "$") -> None:
     """Check a JSON value: a dict names exactly its keys, a list its items' schema, a tuple the allowed types."""
     if isinstance(schema, dict):
@@ -213,7 +219,7 @@ def test_the_commands_of_the_issue_are_there() -> None:
     wanted = (
         "init|snap create|snap seal|snap list|snap show|snap diff|snap delete|snap tag|log|branch|tiles put|"
         "tiles delta|tiles get|tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|"
-        "daemon status|daemon run"
+        "daemon status|daemon run|tier set|tier status|tier push|tier demote|tier admit|tier pin|tier unpin"
     )
     assert set(COMMANDS) == set(wanted.split("|")) == set(EXAMPLES)
 
@@ -341,6 +347,34 @@ def test_fsck_names_a_flipped_bit_and_exits_with_5(cli: Him, repo: Path) -> None
     shape(ran.row(), FSCK)
     assert (ran.code, ran.row()["ok"]) == (5, False)
     assert ran.row()["errors"]
+
+
+def test_tier_json(cli: Him, tmp_path: Path) -> None:
+    memory, values = str(tmp_path / "m"), tmp_path / "a.npy"
+    cli("init", memory)
+    missing = cli("tier", "status", "--repo", memory, "--json")
+    assert missing.code == 2 and "him tier set" in missing.row()["fix"]
+    for size, cold in (("3kB", "cold"), ("lots", "cold"), ("1GB", "http://example.com/x")):
+        assert cli("tier", "set", "--cold", cold, "--budget", size, "--repo", memory).code == 2
+    ran = cli("tier", "set", "--cold", str(tmp_path / "cold"), "--budget", "16MiB", "--repo", memory, "--json")
+    assert ran.row() == {"cold": str(tmp_path / "cold"), "budget_bytes": 16 * 2**20}
+    for seed, frame in enumerate("abc"):
+        np.save(values, np.random.default_rng(seed).integers(0, 255, (3000, 3000), dtype=np.uint8))
+        cli("ingest", str(values), "--snapshot", "main", "--frame", frame, "--repo", memory)
+    tier = ("--repo", memory, "--json")
+    assert cli("tier", "push", *tier).row().keys() == {"packs"}
+    assert cli("tier", "demote", *tier).row()["freed_bytes"] > 0
+    named = ("--snapshot", "main", "--stream", "kv_cache", "--frame", "a")
+    assert cli("tier", "admit", *named, *tier).row() == {"admitted": True}
+    assert cli("tier", "pin", *named, "--minutes", "5", *tier).row().keys() == {"extents", "minutes"}
+    assert cli("tier", "status", *tier).row()["pinned_bytes"] > 0
+    assert cli("tier", "unpin", *named, *tier).row() == {"unpinned": True}
+    status = cli("tier", "status", *tier).row()
+    shape(status, TIER)
+    assert status["pinned_bytes"] == 0 and status["used_bytes"] <= status["budget_bytes"] < status["cold_bytes"]
+    assert cli("fsck", *tier).row()["ok"]
+    shown = cli("tier", "status", "--repo", memory)
+    assert "the cold tier answered" in shown.out and "MB" in shown.out
 
 
 def test_snapshots_json(cli: Him, repo: Path) -> None:

@@ -13,7 +13,7 @@ from him.errors import HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack import merkle
 from him.pack.file import read_index, read_record, walk
-from him.ports import Disk, File, Projection
+from him.ports import File, Projection
 from him.pyramid import directory, update
 from him.tier.warm import WarmStore
 from him.tile import codec
@@ -54,12 +54,12 @@ class FsckReport(msgspec.Struct, frozen=True):
 
 
 class Fsck:
-    """One check of a repository; reads everything, changes nothing."""
+    """One check of a repository; reads everything, and changes only what differs from its cold copy."""
 
     def __init__(
-        self, disk: Disk, history: History, projection: Projection, store: WarmStore, progress: Progress | None = None
+        self, history: History, projection: Projection, store: WarmStore, progress: Progress | None = None
     ) -> None:
-        self._disk = disk
+        self._disk = store.disk
         self._history = history
         self._projection = projection
         self._store = store
@@ -141,7 +141,15 @@ class Fsck:
     # -- packs
 
     def _pack(self, pack: PackState) -> int:
-        """Check all that belongs to a pack; its size in bytes."""
+        """Check all that belongs to a pack, once more after it was put right from the cold tier; its size in bytes."""
+        faults, damaged = dict(self._faults), set(self._damaged)
+        size = self._checked(pack)
+        if len(self._faults) > len(faults) and self._store.mend(pack.name):
+            self._faults, self._damaged = faults, damaged
+            size = self._checked(pack)
+        return size
+
+    def _checked(self, pack: PackState) -> int:
         try:
             file = self._disk.open(pack.name)
         except HimError:

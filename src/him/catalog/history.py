@@ -33,6 +33,7 @@ from him.types import (
     CommitRecord,
     LiveState,
     Operation,
+    PackFinished,
     PackRange,
     Parent,
     RefSet,
@@ -89,6 +90,10 @@ class History:
         self._marked = 0
 
     # -- reading
+
+    def finished_packs(self) -> list[PackFinished]:
+        """The packs that grow no more, as far as this process has looked."""
+        return [named for _, named in self._projection.pack_changes(0) if isinstance(named, PackFinished)]
 
     def refresh(self) -> None:
         """Bring the projection to the log's head; one of another history, or far behind, is restored."""
@@ -461,6 +466,7 @@ class History:
             raise
         self.refresh()
         self._store.committed()
+        self._store.finished()
 
     def _prepare(self) -> None:
         """Before the first blob of a batch: take up a pack under the log's lock, where nobody can commit to it."""

@@ -94,6 +94,10 @@ class FileLog:
             seq += 1
             yield seq, before, body
 
+    def published(self, start: int, limit: int) -> bytes:
+        """At most `limit` bytes of the log's file from an offset on, up to the published end."""
+        return self._file.read_at(start, max(0, min(limit, self._published().end - start)))
+
     def hash_at(self, seq: int) -> bytes:
         """Hash of a published record; zeros for 0. Raises IntegrityError."""
         return self._hash_before(self._end_of(seq))

@@ -32,12 +32,13 @@ from him.config import (
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
 )
-from him.errors import BusyError, IntegrityError, NotFoundError
+from him.errors import BusyError, HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
 from him.ports import Disk, File, Projection, Rng
 from him.tier.address import AddressIndex, Location
+from him.tier.mirror import Mirror
 from him.tile import chunks, codec, delta
 from him.tile.address import KIND_TILE, blob_id
 from him.tile.chunks import CHUNKS
@@ -153,8 +154,13 @@ class WarmStore:
     lock of; what was appended becomes visible to others with the commit record that names its range.
     """
 
-    def __init__(self, disk: Disk, projection: Projection, rng: Rng, repository_id: bytes) -> None:
-        self._disk = disk
+    def __init__(
+        self, disk: Disk, projection: Projection, rng: Rng, repository_id: bytes, mirror: Mirror | None = None
+    ) -> None:
+        self.disk: Disk = disk if mirror is None else mirror
+        """Where packs are read through."""
+        self._mirror = mirror
+        self._pack_bytes = PACK_TARGET_BYTES if mirror is None else mirror.pack_bytes
         self._projection = projection
         self._rng = rng
         self._repository_id = repository_id
@@ -216,6 +222,8 @@ class WarmStore:
         """`read_tile` of each, in the order asked for; read in the order they lie in, on several threads."""
         places = {blob: self._place(blob) for blob in blobs}
         order = sorted(places, key=lambda blob: (places[blob][0], places[blob][1].offset))
+        if self._mirror is not None:
+            self._mirror.ahead(self.places(places))
         size = sum(at.length for _, at in places.values())
         values = self.spread(self.read_tile, order) if size >= BUFFER_FROM_BYTES else [*map(self.read_tile, order)]
         found = dict(zip(order, values, strict=True))
@@ -228,7 +236,7 @@ class WarmStore:
         Only what is stored raw and unquantised can be lent; anything else is a copy. The range stays locked while
         any reference to the array lives.
         """
-        yield self._values(blob, self._located(blob, lambda name, at: self._lent(blob, name, at)))
+        yield self._values(blob, self._located(blob, partial(self._lent, blob)))
 
     def spread(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
         """The results of `work` on each item, in order; on several threads where the machine has them."""
@@ -282,6 +290,10 @@ class WarmStore:
         except IntegrityError:
             return "nowhere"
         return f"{name} @ {at.offset}"
+
+    def places(self, blobs: Iterable[BlobId]) -> list[tuple[str, int, int]]:
+        """(path, offset, bytes) of each record. Raises IntegrityError for a missing one."""
+        return [(name, at.offset, at.length) for name, at in map(self._place, blobs)]
 
     def size_of(self, blob: BlobId) -> int:
         """Bytes the blob's record takes on disk."""
@@ -350,7 +362,7 @@ class WarmStore:
                     growing.setdefault(named.pack, []).append(named)
             for name in sorted(growing.keys() - self._spoiled):
                 try:
-                    file = self._disk.open(name)
+                    file = self.disk.open(name)
                 except NotFoundError:
                     continue
                 if not file.lock(wait=False):
@@ -417,7 +429,7 @@ class WarmStore:
         """
         with self._syncing, self._appending, self._lock:
             writer = self._writer
-            if writer is None or (writer.end < PACK_TARGET_BYTES and self._ranges < PACK_RANGES_MAX):
+            if writer is None or (writer.end < self._pack_bytes and self._ranges < PACK_RANGES_MAX):
                 return ()
             try:
                 last = self.close_range()
@@ -433,6 +445,11 @@ class WarmStore:
             writer.file.unlock()
             self._writer, self._ranges = None, 0
             return (finished,) if last is None else (last, finished)
+
+    def finished(self) -> None:
+        """A pack's end was committed: it may be copied to the cold tier."""
+        if self._mirror is not None:
+            self._mirror.nudge()
 
     def abandon(self) -> None:
         """Forget the writer's pack and what was appended but not committed (after a failed write or sync)."""
@@ -467,11 +484,18 @@ class WarmStore:
                 # What could not be read today may be restored tomorrow: a segment would not know of it.
                 self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
 
+    def mend(self, name: str) -> bool:
+        """Put right what is here of a pack by its cold copy; whether that changed anything."""
+        try:
+            return self._mirror is not None and self._mirror.holds(name) and self._mirror.mend(name)
+        except HimError:
+            return False  # A cold tier that is away, or no better, mends nothing.
+
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
         with self._lock:
             self._addresses.drop()
-            self._addresses = AddressIndex(self._disk)
+            self._addresses = AddressIndex(self.disk)
             self._addresses_loaded = self._addresses_sound = False
 
     def close(self) -> None:
@@ -517,8 +541,22 @@ class WarmStore:
 
     def _read(self, blob: BlobId, name: str, at: Location, *, digest: bool = True) -> Blob:
         buffer = self._buffers.take(at.length) if at.length >= BUFFER_FROM_BYTES else None
-        record = read_record(self._file(name), name, at.offset, at.length, blob, buffer, digest=digest)
+        try:
+            record = read_record(self._file(name), name, at.offset, at.length, blob, buffer, digest=digest)
+        except IntegrityError:
+            record = self._healed(blob, name, at)
+            if record is None:
+                raise
         return _checked(record, name)
+
+    def _healed(self, blob: BlobId, name: str, at: Location) -> layout.Record | None:
+        """The record as the cold tier has it, put in the place of what did not verify here; None when it has none."""
+        if self._mirror is None or not self._mirror.holds(name):
+            return None
+        data = self._mirror.fetch(name, at.offset, at.length)
+        record = layout.decode_record(data, f"{name} @ {at.offset}", blob)
+        self._mirror.heal(name, at.offset, data)
+        return record
 
     def _page(self, kind: int, blob: BlobId) -> bytes:
         found = self.read(blob)
@@ -528,8 +566,12 @@ class WarmStore:
         return bytes(found.stored)
 
     def _lent(self, blob: BlobId, name: str, at: Location) -> Blob:
-        view = self._disk.view(name, at.offset, at.length)
-        return _checked(layout.decode_record(view, f"{name} @ {at.offset}", blob), name)
+        try:
+            view = self.disk.view(name, at.offset, at.length)
+            return _checked(layout.decode_record(view, f"{name} @ {at.offset}", blob), name)
+        except IntegrityError:
+            # Freed before its range was locked, or damaged: a copy of one's own then.
+            return self._read(blob, name, at)
 
     def _located(self, blob: BlobId, work: Callable[[str, Location], _R]) -> _R:
         try:
@@ -680,11 +722,11 @@ class WarmStore:
         """Begin a new pack."""
         pack = self._rng.token(16)
         name = f"{PACK_FOLDER}/{pack.hex()}.pack"
-        file = self._disk.open(name, create=True)
+        file = self.disk.open(name, create=True)
         if not file.lock(wait=False):
             raise BusyError("a new pack is held by another process", place=name)
         file.write_at(0, layout.encode_file_header(self._repository_id, pack))
-        self._disk.sync_folder(PACK_FOLDER)
+        self.disk.sync_folder(PACK_FOLDER)
         self._files[name] = file
         self._writer = PackWriter(file, name, layout.FILE_HEADER_BYTES)
         return self._writer
@@ -711,14 +753,18 @@ class WarmStore:
     def _rows(self, named: PackRange | PackFinished) -> layout.Rows:
         """What a range or a finished pack holds; where its list is damaged, what the records say themselves."""
         try:
-            file = self._disk.open(named.pack)
+            file = self.disk.open(named.pack)
         except NotFoundError as error:
             raise IntegrityError("a pack is missing", place=named.pack) from error
+        ranged = isinstance(named, PackRange)
         try:
-            return read_index(file, named) if isinstance(named, PackRange) else read_footer(file, named)
-        except IntegrityError:
+            for again in (True, False):
+                try:
+                    return read_index(file, named) if ranged else read_footer(file, named)
+                except IntegrityError:
+                    if not again or not self.mend(named.pack):
+                        break
             self._salvaged = True
-            ranged = isinstance(named, PackRange)
             start, end = (named.start, named.end) if ranged else (layout.FILE_HEADER_BYTES, named.size)
             return walk_rows(file, named.pack, start, end)
         finally:
@@ -736,7 +782,7 @@ class WarmStore:
             file = self._files.get(name)
             if file is None:
                 try:
-                    file = self._disk.open(name)
+                    file = self.disk.open(name)
                 except NotFoundError as error:
                     raise IntegrityError("a pack is missing", place=name) from error
                 self._files[name] = file

@@ -1,0 +1,755 @@
+"""The cold tier behind the packs: each local pack is a sparse mirror of an object (docs/design/008-tiers.md).
+
+Whoever reads or writes packs does so through a `Mirror`, which is a Disk like any other: a range that is not here is
+fetched when it is read, and what was used least is freed when room is needed. What is here is asked from the file
+system and only a hint; a record's digest decides.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import msgspec
+import numpy as np
+from blake3 import blake3
+from numpy.typing import NDArray
+
+from him.config import (
+    COLD_PART_BYTES,
+    EXTENT_BYTES,
+    HOTNESS_BYTES_MAX,
+    OPEN_PACKS_MAX,
+    PACK_TARGET_BYTES,
+    WARM_FREE_RATIO,
+    WARM_PACK_RATIO,
+)
+from him.errors import HimError, IntegrityError, NotFoundError, StorageError
+from him.ports import Clock, Disk, File, ObjectStore
+from him.tier.evict import EvictionPolicy, Extent
+from him.types import PackFinished
+
+FOLDER: Final = "cold"
+PACKS: Final = "packs/"
+_ACCOUNT: Final = f"{FOLDER}/account"
+_RECEIPTS: Final = f"{FOLDER}/receipts"
+_LOG_KNOWN: Final = f"{FOLDER}/log"
+_HOTNESS: Final = f"{FOLDER}/hotness"
+_SUM_BYTES: Final = 16
+
+_Names = list[str]
+Ranges = list[tuple[int, int]]
+"""(offset, bytes) each."""
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """That the cold tier gave back a pack byte for byte after it was copied there."""
+
+    pack: str
+    size: int
+    digest: str
+    """BLAKE3 of the object, in hex."""
+
+
+class TierStatus(msgspec.Struct, frozen=True):
+    """Where the bytes of the packs are."""
+
+    budget_bytes: int
+    used_bytes: int
+    """What the packs take on this disk."""
+    pinned_bytes: int
+    cold_bytes: int
+    """Of packs that the cold tier holds whole."""
+    cold_packs: int
+    warm_bytes: int
+    """Of those packs, what is here too."""
+    only_warm_packs: int
+    """Finished packs that the cold tier does not hold yet."""
+    fetched_bytes: int
+    fetches: int
+    freed_bytes: int
+    passed_through: int
+    """Reads that were served from the cold tier without keeping what was read, since by this process."""
+    fault: str
+    """Why the cold tier's last answer was none; empty when it answered."""
+
+
+class _Pack:
+    """A pack with a receipt; `here` says of each extent whether all of it was seen on this disk."""
+
+    def __init__(self, number: int, name: str, size: int) -> None:
+        self.number, self.name, self.size = number, name, size
+        self.here: NDArray[np.bool_] = np.zeros(-(-size // EXTENT_BYTES), dtype=np.bool_)
+        self.looked = False
+
+    def extents(self, offset: int, size: int) -> range:
+        """The extents that a range touches; none for no bytes."""
+        return range(offset // EXTENT_BYTES, -(-min(offset + size, self.size) // EXTENT_BYTES))
+
+    def span(self, extent: int) -> tuple[int, int]:
+        """(offset, bytes) of an extent."""
+        start = extent * EXTENT_BYTES
+        return start, min(EXTENT_BYTES, self.size - start)
+
+
+class Mirror:
+    """`ports.Disk` over a folder whose finished packs are mirrored by a cold store; keeps the packs within a budget.
+
+    The budget is a limit for all processes together. Safe to use from several threads.
+
+    Args:
+        background: copy finished packs from a thread of its own as they come; else only when asked, or short of room.
+    """
+
+    def __init__(
+        self, disk: Disk, cold: ObjectStore, clock: Clock, budget_bytes: int, *, background: bool = False
+    ) -> None:
+        self._disk = disk
+        self._cold = cold
+        self._clock = clock
+        self.budget_bytes = budget_bytes
+        self._packs: dict[str, _Pack] = {}
+        self._held: dict[str, Receipt] = {}
+        self._by_number: list[_Pack] = []
+        self._files: dict[str, File] = {}
+        self._lock = threading.RLock()
+        self._used: dict[Extent, int] = {}
+        self._flying: dict[Extent, threading.Event] = {}
+        self._policy = EvictionPolicy()
+        self._finished: Callable[[], Iterable[PackFinished]] = tuple
+        self._log: Callable[[int, int], bytes] = lambda _start, _limit: b""
+        self._log_copied = 0
+        self._receipts_read = 0
+        self._fetched_bytes = self._fetches = self._freed_bytes = self._passed_through = 0
+        self._fault = ""
+        self._pushing = threading.Lock()
+        self._mover = _Mover(self.push_all) if background else None
+        self._sum = disk.open(_ACCOUNT, create=True)
+        self._account = _Account(self._sum)
+        self._receipts = disk.open(_RECEIPTS, create=True)
+        disk.sync_folder(FOLDER)
+        self._learn_receipts()
+        self._recall()
+        with self._account:
+            self._write_account(self._recounted())
+
+    @property
+    def _limit(self) -> int:
+        """What fetching may fill: the rest is kept free for what is written (spec §7 backpressure)."""
+        return int(self.budget_bytes * (1 - WARM_FREE_RATIO))
+
+    @property
+    def pack_bytes(self) -> int:
+        """From which size on a growing pack, which cannot be freed, is finished."""
+        return min(PACK_TARGET_BYTES, int(self.budget_bytes * WARM_PACK_RATIO))
+
+    def watch(self, finished: Callable[[], Iterable[PackFinished]], log: Callable[[int, int], bytes]) -> None:
+        """Whom to ask for what is copied: the finished packs, and the log's bytes from an offset, at most so many."""
+        self._finished, self._log = finished, log
+
+    # -- ports.Disk
+
+    def open(self, path: str, *, create: bool = False) -> File:
+        """A pack's file fetches what it lacks and accounts for what it is given; others are the disk's own."""
+        if not path.startswith(PACKS):
+            return self._disk.open(path, create=create)
+        return _PackFile(self, path, self._disk.open(path, create=create or self.holds(path)))
+
+    def view(self, path: str, offset: int, size: int) -> memoryview:
+        """A range of a file, fetched if it has to be; it cannot be freed while anything refers to it."""
+        pack = self.pack(path)
+        if pack is None:
+            return self._disk.view(path, offset, size)
+        with self.using([(pack, offset, size)]) as here:
+            return self._disk.view(path, offset, size) if here else self.fetch(path, offset, size)
+
+    def list(self, folder: str) -> _Names:
+        """The disk's."""
+        return self._disk.list(folder)
+
+    def write_whole(self, path: str, *parts: bytes | memoryview) -> None:
+        """The disk's."""
+        self._disk.write_whole(path, *parts)
+
+    def remove(self, path: str) -> None:
+        """The disk's."""
+        self._disk.remove(path)
+
+    def sync_folder(self, folder: str) -> None:
+        """The disk's."""
+        self._disk.sync_folder(folder)
+
+    def nudge(self) -> None:
+        """There may be a pack to copy, or a lack of room: see to it in the background."""
+        if self._mover is not None:
+            self._mover.nudge()
+
+    def close(self) -> None:
+        """Keep what is known of how hot things are, and release files; a copy on its way is taken up another time."""
+        if self._mover is not None:
+            self._mover.stop()
+        with self._lock:
+            with contextlib.suppress(StorageError):  # Only a hint.
+                self._disk.write_whole(_HOTNESS, self._policy.dump())
+            for file in (*self._files.values(), self._sum, self._receipts):
+                file.close()
+            self._files = {}
+
+    # -- fetching
+
+    @contextmanager
+    def using(self, wanted: Sequence[tuple[_Pack, int, int]]) -> Generator[bool]:
+        """Have ranges (pack, offset, size) here, fetching what is missing, and keep this process from freeing them.
+
+        What lies together is fetched together. Gives False when there is no room that may be used for all of them.
+
+        Raises:
+            UnavailableError: something is missing and the cold tier does not answer.
+        """
+        touched = {(pack.number, at) for pack, offset, size in wanted for at in pack.extents(offset, size)}
+        with self._lock:
+            for key in touched:
+                self._used[key] = self._used.get(key, 0) + 1
+        try:
+            here = self._brought(touched)
+            if here:
+                with self._lock:
+                    self._policy.touch(touched, self._clock.now_ns())
+            yield here
+        finally:
+            with self._lock:
+                for key in touched:
+                    left = self._used.pop(key) - 1
+                    if left:
+                        self._used[key] = left
+
+    def _brought(self, touched: set[Extent]) -> bool:
+        while True:
+            missing, others = self._claimed(touched)
+            try:
+                room = not missing or self._fetched(sorted(missing))
+            finally:
+                self._release(missing)
+            for event in others:
+                event.wait()
+            if not room or not others:
+                return room
+
+    def ahead(self, places: Iterable[tuple[str, int, int]]) -> bool:
+        """Have ranges (path, offset, size) here; False when there is no room for all of them."""
+        wanted = [(pack, offset, size) for path, offset, size in places if (pack := self.pack(path)) is not None]
+        with self.using(wanted) as here:
+            return here
+
+    def pack(self, path: str) -> _Pack | None:
+        """A pack that the cold tier holds; None for another."""
+        found = self._packs.get(path)
+        if found is not None and not found.looked:
+            with self._lock:
+                self._look(found)
+        return found
+
+    def fetch(self, path: str, offset: int, size: int) -> memoryview:
+        """A range straight from the cold tier. Raises NotFoundError, UnavailableError, StorageError."""
+        self._passed_through += 1
+        return self._got(path, [(offset, size)])[0]
+
+    def holds(self, path: str) -> bool:
+        """Whether the cold tier holds this pack."""
+        if path not in self._packs:
+            self._learn_receipts()
+        return path in self._packs
+
+    def heal(self, path: str, offset: int, data: memoryview) -> bool:
+        """Put verified bytes where others are; only over what is here, so that no half extent comes to be."""
+        pack, changed = self._packs[path], False
+        with self._account, self._lock:
+            self._look(pack)
+            file, end = self._file(pack), offset + len(data)
+            for at in pack.extents(offset, len(data)):
+                start, size = pack.span(at)
+                low, high = max(offset, start), min(end, start + size)
+                if pack.here[at] and file.read_at(low, high - low) != bytes(data[low - offset : high - offset]):
+                    file.write_at(low, data[low - offset : high - offset])
+                    changed = True
+        return changed
+
+    def mend(self, path: str) -> bool:
+        """Compare what is here of a pack with the cold tier and put right what differs; whether anything did.
+
+        Raises:
+            IntegrityError: the cold tier does not give back what its receipt says; nothing is changed then.
+        """
+        receipt, pack = self._held[path], self._packs[path]
+        ranges = [(at, min(COLD_PART_BYTES, pack.size - at)) for at in range(0, pack.size, COLD_PART_BYTES)]
+        parts = self._got(path, ranges)
+        digest, changed = blake3(), False
+        for part in parts:
+            digest.update(part)
+        if digest.hexdigest() != receipt.digest:
+            raise IntegrityError("the cold tier does not give back what it was given", place=path)
+        for (offset, _), part in zip(ranges, parts, strict=True):
+            changed |= self.heal(path, offset, part)
+        return changed
+
+    # -- making room
+
+    def reserve(self, size: int) -> None:
+        """Account for bytes about to be appended to a growing pack, making room for them.
+
+        Raises:
+            StorageError: the budget is full of what cannot be freed.
+        """
+        if self._reserved(size, self.budget_bytes):
+            return
+        self.push_all()
+        if not self._reserved(size, self.budget_bytes):
+            status = self.status()
+            raise StorageError(
+                f"the warm budget of {self.budget_bytes} bytes is full: {status.used_bytes} are used, "
+                f"{status.pinned_bytes} of them pinned",
+                fix="raise it with `him tier set --budget`, unpin something, or write in smaller commits",
+            )
+
+    def demote(self, keep_bytes: int = 0) -> int:
+        """Free what is used least until the packs take at most `keep_bytes` here; the bytes freed."""
+        with self._account:
+            self._look_at_all()
+            used = self._recounted()
+            freed = self._evicted(used - keep_bytes)
+            self._write_account(used - freed)
+        return freed
+
+    def pin(self, places: Iterable[tuple[str, int, int]], until_ns: int) -> int:
+        """Keep ranges (path, offset, size) from being freed until a time (ns since 1970); extents pinned."""
+        with self._lock:
+            keys = [
+                (pack.number, at)
+                for path, offset, size in places
+                if (pack := self.pack(path)) is not None
+                for at in pack.extents(offset, size)
+            ]
+            self._policy.pin(keys, until_ns)
+            return len(keys)
+
+    def unpin(self, places: Iterable[tuple[str, int, int]]) -> None:
+        """Take pins back."""
+        with self._lock:
+            for path, offset, size in places:
+                if (pack := self.pack(path)) is not None:
+                    self._policy.unpin([(pack.number, at) for at in pack.extents(offset, size)])
+
+    # -- copying to the cold tier
+
+    def push_all(self, progress: Callable[[int, int, str], None] | None = None) -> int:
+        """Copy every finished pack that the cold tier does not hold; how many were copied."""
+        with self._pushing:
+            waiting = [finished for finished in self._finished() if not self.holds(finished.pack)]
+            for number, finished in enumerate(waiting):
+                if progress is not None:
+                    progress(number, len(waiting), finished.pack)
+                if self._mover is not None and self._mover.stopped:
+                    return number
+                self.push(finished)
+            self._copy_log()
+            return len(waiting)
+
+    def push(self, finished: PackFinished) -> None:
+        """Copy a finished pack and read it back; only then may anything of it be freed. Resumes what was begun.
+
+        Raises:
+            IntegrityError: the cold tier gives back other bytes than it was given, twice.
+            UnavailableError, StorageError: it does not answer, or refuses.
+        """
+        file = self._disk.open(finished.pack)
+        try:
+            size, digest = finished.size, blake3()
+            for part in _parts(file, finished.size):
+                digest.update(part)
+            for _ in range(2):
+                if self._cold.size(finished.pack) != size:
+                    self._cold.upload(finished.pack, _parts(file, size))
+                back = self._cold_digest(finished.pack, size)
+                if back == digest.hexdigest():
+                    self._keep_receipt(Receipt(finished.pack, size, back))
+                    return
+                self._cold.delete([finished.pack])
+        finally:
+            file.close()
+        raise IntegrityError("the cold tier gives back other bytes than it was given", place=finished.pack)
+
+    def _copy_log(self) -> None:
+        """Copy what the log has grown by, as objects named by where they begin; each follows from those before.
+
+        Of two processes that copy at once one writes a piece, and both go on behind it.
+        """
+        if not self._log_copied:
+            self._log_copied = self._log_known()
+        before = self._log_copied
+        while True:
+            name = _log_piece(self._log_copied)
+            size = self._cold.size(name)
+            if size is None:
+                piece = self._log(self._log_copied, COLD_PART_BYTES)
+                if not piece:
+                    break
+                self._cold.put(name, piece, if_absent=True)
+            else:
+                before, self._log_copied = self._log_copied, self._log_copied + size
+        if before != self._log_copied:
+            self._disk.write_whole(_LOG_KNOWN, msgspec.json.encode((before, self._log_copied)))
+
+    def _log_known(self) -> int:
+        """Where the copy of the log ended when it was last looked at, if that piece is there still; else 0."""
+        with contextlib.suppress(NotFoundError, msgspec.MsgspecError):
+            file = self._disk.open(_LOG_KNOWN)
+            data = file.read_at(0, file.size())
+            file.close()
+            last, end = msgspec.json.decode(data, type=tuple[int, int])
+            if self._cold.size(_log_piece(last)) == end - last:
+                return end
+        return 0
+
+    def status(self) -> TierStatus:
+        """Figures of this moment."""
+        with self._account:
+            used = self._recounted()
+            self._write_account(used)
+            self._look_at_all()
+        with self._lock:
+            warm = sum(pack.span(int(at))[1] for pack in self._by_number for at in np.flatnonzero(pack.here))
+            return TierStatus(
+                self.budget_bytes, used, self._pinned_bytes(),
+                sum(pack.size for pack in self._by_number), len(self._by_number), warm,
+                sum(1 for finished in self._finished() if finished.pack not in self._packs),
+                self._fetched_bytes, self._fetches, self._freed_bytes, self._passed_through, self._fault,
+            )  # fmt: skip
+
+    # -- inner: what is here
+
+    def _learn_receipts(self) -> None:
+        """Receipts that were added since the last look, by any process."""
+        with self._lock:
+            for receipt, end in _read_receipts(self._receipts, self._receipts_read):
+                self._receipts_read = end
+                if receipt is None or receipt.pack in self._packs:
+                    continue
+                pack = _Pack(len(self._by_number), receipt.pack, receipt.size)
+                self._held[receipt.pack] = receipt
+                self._by_number.append(pack)
+                self._packs[receipt.pack] = pack
+
+    def _keep_receipt(self, receipt: Receipt) -> None:
+        body = msgspec.json.encode(receipt)
+        with self._account:
+            self._learn_receipts()
+            # What a crash left half written ends here.
+            self._receipts.truncate(self._receipts_read)
+            self._receipts.write_at(self._receipts_read, body + b" " + blake3(body).hexdigest().encode() + b"\n")
+            self._receipts.sync()
+            self._learn_receipts()
+
+    def _look(self, pack: _Pack) -> None:
+        """Ask the file system which extents are here; new ones become candidates to be freed."""
+        fresh = np.zeros(len(pack.here), dtype=np.bool_)
+        for start, end in self._file(pack).data_runs():
+            whole = -(-pack.size // EXTENT_BYTES) if end >= pack.size else end // EXTENT_BYTES
+            fresh[-(-start // EXTENT_BYTES) : whole] = True
+        for at in np.flatnonzero(pack.here & ~fresh):
+            self._policy.forget((pack.number, int(at)))
+        self._policy.adopt([(pack.number, int(at)) for at in np.flatnonzero(fresh & ~pack.here)])
+        pack.here[:] = fresh
+        pack.looked = True
+
+    def _pinned_bytes(self) -> int:
+        now = self._clock.now_ns()
+        return EXTENT_BYTES * sum(self._policy.pinned(key, now) for key in self._policy)
+
+    def _look_at_all(self) -> None:
+        with self._lock:
+            for pack in self._by_number:
+                self._look(pack)
+
+    def _file(self, pack: _Pack) -> File:
+        file = self._files.get(pack.name)
+        if file is None:
+            file = self._disk.open(pack.name, create=True)
+            if file.size() < pack.size:
+                file.truncate(pack.size)
+            self._files[pack.name] = file
+            if len(self._files) > OPEN_PACKS_MAX:
+                # Closed once no thread uses it any more.
+                del self._files[next(iter(self._files))]
+        return file
+
+    def _recall(self) -> None:
+        with contextlib.suppress(NotFoundError, StorageError):
+            file = self._disk.open(_HOTNESS)
+            self._policy.load(file.read_at(0, min(file.size(), HOTNESS_BYTES_MAX)))
+            file.close()
+
+    # -- inner: fetching
+
+    def _claimed(self, touched: set[Extent]) -> tuple[set[Extent], Sequence[threading.Event]]:
+        """The missing extents that this thread fetches, and whom to wait for to have the others."""
+        with self._lock:
+            gone = {key for key in touched if not self._by_number[key[0]].here[key[1]]}
+            others = [self._flying[key] for key in gone if key in self._flying]
+            mine = {key for key in gone if key not in self._flying}
+            event = threading.Event()
+            self._flying.update(dict.fromkeys(mine, event))
+            return mine, others
+
+    def _release(self, mine: set[Extent]) -> None:
+        with self._lock:
+            for key in mine:
+                self._flying.pop(key).set()
+
+    def _fetched(self, missing: Sequence[Extent]) -> bool:
+        """Fetch extents into their files; False when there was no room."""
+        size = sum(self._by_number[number].span(at)[1] for number, at in missing)
+        if not self._reserved(size, self._limit):
+            self.nudge()
+            return False
+        written = 0
+        try:
+            for pack, ranges in self._runs(missing):
+                for (start, length), data in zip(ranges, self._got(pack.name, ranges), strict=True):
+                    self._file(pack).write_at(start, data)
+                    written += length
+                with self._lock:
+                    for start, length in ranges:
+                        pack.here[start // EXTENT_BYTES : -(-(start + length) // EXTENT_BYTES)] = True
+        finally:
+            if written < size:
+                with self._account:
+                    self._write_account(max(0, self._read_account() - size + written))
+        return True
+
+    def _runs(self, missing: Sequence[Extent]) -> Iterator[tuple[_Pack, Ranges]]:
+        """Neighbouring extents as (offset, bytes), by pack."""
+        by_pack: dict[int, Ranges] = {}
+        for number, at in missing:
+            start, size = self._by_number[number].span(at)
+            runs = by_pack.setdefault(number, [])
+            if runs and sum(runs[-1]) == start and runs[-1][1] < COLD_PART_BYTES:
+                runs[-1] = (runs[-1][0], runs[-1][1] + size)
+            else:
+                runs.append((start, size))
+        return ((self._by_number[number], runs) for number, runs in by_pack.items())
+
+    def _got(self, path: str, ranges: Ranges) -> Sequence[memoryview]:
+        try:
+            parts = self._cold.get_ranges(path, ranges)
+        except StorageError as error:
+            self._fault = error.message
+            raise
+        self._fault = ""
+        self._fetches += len(ranges)
+        self._fetched_bytes += sum(size for _, size in ranges)
+        return parts
+
+    def _cold_digest(self, path: str, size: int) -> str:
+        digest = blake3()
+        for start in range(0, size, COLD_PART_BYTES):
+            digest.update(self._cold.get_ranges(path, [(start, min(COLD_PART_BYTES, size - start))])[0])
+        return digest.hexdigest()
+
+    # -- inner: the account
+
+    def _reserved(self, size: int, limit: int) -> bool:
+        """Whether `size` more bytes fit below `limit`, after freeing what may be freed; then they are accounted for."""
+        with self._account:
+            used = self._read_account()
+            if used + size > limit:
+                used -= self._evicted(used + size - limit)
+            if used + size > limit:
+                # What others fetched, and what a crash left counted, is seen by looking anew.
+                self._look_at_all()
+                used = self._recounted()
+                used -= self._evicted(used + size - limit)
+            fits = used + size <= limit
+            self._write_account(used + size if fits else used)
+            return fits
+
+    def _evicted(self, size: int) -> int:
+        """Free at least `size` bytes if that is possible; how many were freed."""
+        freed = 0
+        with self._lock:
+            lent: list[Extent] = []
+            while freed < size:
+                keys = tuple(self._policy.victims(-(-(size - freed) // EXTENT_BYTES), self._clock.now_ns()))
+                if not keys:
+                    break
+                for key in keys:
+                    took = self._freed(key)
+                    freed += took or 0
+                    if took is None:
+                        lent.append(key)
+            for key in lent:
+                self._policy.keep(key)
+        self._freed_bytes += freed
+        return freed
+
+    def _freed(self, key: Extent) -> int | None:
+        """Free an extent; the bytes that gave, or None when someone is using it."""
+        number, at = key
+        # What was kept of hotness may be of other packs.
+        pack = self._by_number[number] if number < len(self._by_number) else None
+        if pack is not None and not pack.looked:
+            self._look(pack)
+        if pack is None or at >= len(pack.here) or not pack.here[at]:
+            return 0
+        file, (start, length) = self._file(pack), pack.span(at)
+        taken = file.allocated()
+        if key in self._used or not file.punch(start, length):
+            return None
+        pack.here[at] = False
+        # Not simply its length: another process may have freed it before.
+        return taken - file.allocated()
+
+    def _recounted(self) -> int:
+        """What the packs take here, asked from the file system."""
+        used = 0
+        for name in self._disk.list(PACKS.rstrip("/")):
+            file = self._disk.open(PACKS + name)
+            used += file.allocated()
+            file.close()
+        return used
+
+    def _read_account(self) -> int:
+        data = self._sum.read_at(0, 8 + _SUM_BYTES)
+        if blake3(data[:8]).digest()[:_SUM_BYTES] != data[8:]:
+            return self._recounted()
+        return int.from_bytes(data[:8], "little")
+
+    def _write_account(self, used: int) -> None:
+        data = max(0, used).to_bytes(8, "little")
+        self._sum.write_at(0, data + blake3(data).digest()[:_SUM_BYTES])
+
+
+class _Account:
+    """The lock of the account: between threads, then between processes; may be taken again by who holds it."""
+
+    def __init__(self, file: File) -> None:
+        self._file, self._depth = file, 0
+        self._threads = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        if not self._depth:
+            self._file.lock(wait=True)
+        self._depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._file.unlock()
+        self._threads.release()
+
+
+class _Mover:
+    """A thread that works when it is nudged; what it meets is seen by whoever works in the foreground."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._work, self._wanted, self.stopped = work, threading.Event(), False
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def nudge(self) -> None:
+        """Work soon, and once more if that was begun already."""
+        self._wanted.set()
+        with self._lock:
+            if self._thread is None and not self.stopped:
+                self._thread = threading.Thread(target=self._run, name="him mover", daemon=True)
+                self._thread.start()
+
+    def stop(self) -> None:
+        """End after the pack at hand."""
+        self.stopped = True
+        self._wanted.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.wait()
+            if self.stopped:
+                return
+            self._wanted.clear()
+            with contextlib.suppress(HimError):
+                self._work()
+
+
+class _PackFile:
+    """A pack: what the cold tier holds is fetched as it is read, what grows is accounted for as it is written."""
+
+    def __init__(self, mirror: Mirror, path: str, file: File) -> None:
+        self._mirror, self._path, self._file = mirror, path, file
+        self.truncate, self.sync, self.lock, self.unlock = file.truncate, file.sync, file.lock, file.unlock
+        self.allocated, self.data_runs, self.punch, self.close = file.allocated, file.data_runs, file.punch, file.close
+
+    def size(self) -> int:
+        """Of the whole pack, wherever it is."""
+        pack = self._mirror.pack(self._path)
+        return self._file.size() if pack is None else pack.size
+
+    def write_at(self, offset: int, *parts: bytes | memoryview) -> None:
+        """Make room, then write."""
+        self._mirror.reserve(sum(len(part) for part in parts))
+        self._file.write_at(offset, *parts)
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """The range, fetched where it has to be."""
+        pack = self._mirror.pack(self._path)
+        if pack is None:
+            return self._file.read_at(offset, size)
+        size = max(0, min(size, pack.size - offset))
+        with self._mirror.using([(pack, offset, size)]) as here:
+            return self._file.read_at(offset, size) if here else bytes(self._mirror.fetch(self._path, offset, size))
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        """The range, fetched where it has to be."""
+        pack = self._mirror.pack(self._path)
+        if pack is None:
+            return self._file.read_into(offset, buffer)
+        size = max(0, min(len(buffer), pack.size - offset))
+        with self._mirror.using([(pack, offset, size)]) as here:
+            if here:
+                return self._file.read_into(offset, buffer[:size])
+            buffer[:size] = self._mirror.fetch(self._path, offset, size)
+            return size
+
+
+def receipts(disk: Disk) -> list[Receipt]:
+    """What a cold tier is known to hold, in the order it was copied; a line that is not whole is passed over."""
+    try:
+        file = disk.open(_RECEIPTS)
+    except NotFoundError:
+        return []
+    try:
+        return [receipt for receipt, _ in _read_receipts(file, 0) if receipt is not None]
+    finally:
+        file.close()
+
+
+def _read_receipts(file: File, start: int) -> Iterator[tuple[Receipt | None, int]]:
+    """The receipts from an offset on, each with where its line ends; None for a damaged line."""
+    for line in file.read_at(start, file.size() - start).splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            return
+        start += len(line)
+        body, _, digest = line[:-1].rpartition(b" ")
+        whole = blake3(body).hexdigest().encode() == digest
+        yield (msgspec.json.decode(body, type=Receipt) if whole else None), start
+
+
+def _log_piece(start: int) -> str:
+    return f"log/{start:016d}"
+
+
+def _parts(file: File, size: int) -> Iterator[bytes]:
+    """A file's bytes, COLD_PART_BYTES at a time."""
+    for start in range(0, size, COLD_PART_BYTES):
+        yield file.read_at(start, min(COLD_PART_BYTES, size - start))
