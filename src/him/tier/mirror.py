@@ -21,7 +21,6 @@ from him.config import (
     EXTENT_BYTES,
     HOTNESS_BYTES_MAX,
     OPEN_PACKS_MAX,
-    PACK_TARGET_BYTES,
     WARM_FREE_RATIO,
     WARM_PACK_RATIO,
 )
@@ -142,7 +141,7 @@ class Mirror:
     @property
     def pack_bytes(self) -> int:
         """From which size on a growing pack, which cannot be freed, is finished."""
-        return min(PACK_TARGET_BYTES, int(self.budget_bytes * WARM_PACK_RATIO))
+        return int(self.budget_bytes * WARM_PACK_RATIO)
 
     def watch(self, finished: Callable[[], Iterable[PackFinished]], log: Callable[[int, int], bytes]) -> None:
         """Whom to ask for what is copied: the finished packs, and the log's bytes from an offset, at most so many."""

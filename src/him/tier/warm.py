@@ -160,7 +160,6 @@ class WarmStore:
         self.disk: Disk = disk if mirror is None else mirror
         """Where packs are read through."""
         self._mirror = mirror
-        self._pack_bytes = PACK_TARGET_BYTES if mirror is None else mirror.pack_bytes
         self._projection = projection
         self._rng = rng
         self._repository_id = repository_id
@@ -429,7 +428,8 @@ class WarmStore:
         """
         with self._syncing, self._appending, self._lock:
             writer = self._writer
-            if writer is None or (writer.end < self._pack_bytes and self._ranges < PACK_RANGES_MAX):
+            target = PACK_TARGET_BYTES if self._mirror is None else min(PACK_TARGET_BYTES, self._mirror.pack_bytes)
+            if writer is None or (writer.end < target and self._ranges < PACK_RANGES_MAX):
                 return ()
             try:
                 last = self.close_range()
