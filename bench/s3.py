@@ -136,7 +136,7 @@ class Faults:
     latency_ms: float = 0
     """Added to each request before it goes on."""
     refused_share: float = 0
-    """Of requests that are answered `status` and never reach the server."""
+    """Of requests that are answered `status` and their own head, and never reach the server."""
     status: int = 503
     lost_replies: int = 0
     """So many of the next requests reach the server, but their connection closes instead of a reply."""
@@ -265,7 +265,9 @@ class FaultProxy:
             await asyncio.sleep(3_600)
         if faults.refused_share and self._random.random() < faults.refused_share:
             counts.refused += 1
-            writer.write(b"HTTP/1.1 %d Refused\r\nContent-Length: 0\r\n\r\n" % faults.status)
+            # Servers repeat what was signed, key and all.
+            said = b"" if method == "HEAD" else head
+            writer.write(b"HTTP/1.1 %d Refused\r\nContent-Length: %d\r\n\r\n%b" % (faults.status, len(said), said))
             await writer.drain()
             return True
         server_writer.write(head + body)

@@ -1,14 +1,13 @@
 """The cold tier's store keeps one contract in a folder and in a real bucket, and over whatever lies between."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from bench.s3 import SECRET_KEY, FaultProxy, S3Server
+from bench.s3 import ACCESS_KEY, SECRET_KEY, FaultProxy, S3Server
 from him.adapters import objects
 from him.adapters.objects import ObjectBucket, open_store
 from him.config import COLD_FLIGHT_MAX, COLD_PART_BYTES, COLD_RETRIES_MAX
@@ -271,6 +270,8 @@ def test_a_request_is_tried_a_bounded_number_of_times(
     s3_proxy.counts.requests = 0
     with pytest.raises(UnavailableError):
         far.get_ranges("p", [(0, 1)] * 200)
+    with pytest.raises(UnavailableError):
+        far.get_ranges("p", [(0, 1)] * 2)  # Waits its turn.
     assert s3_proxy.counts.requests < 200, "a call that failed begins nothing any more"
     s3_proxy.refuse()
     for call in calls:
@@ -330,7 +331,7 @@ def test_ranges_are_bounded_in_flight_and_one_get_each(s3_proxy: FaultProxy, far
 
 
 def test_a_refusal_names_the_fix_and_no_key(
-    s3_server: S3Server, s3_keys: None, monkeypatch: pytest.MonkeyPatch
+    s3_server: S3Server, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failure(url: str) -> HimError:
         with pytest.raises(StorageError) as caught:
@@ -347,4 +348,11 @@ def test_a_refusal_names_the_fix_and_no_key(
     assert "AWS_SECRET_ACCESS_KEY" in said
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "wrong-identity")
     said += json.dumps(failure(s3_server.url()).as_dict())
-    assert not [key for key in ("wrong-", SECRET_KEY, os.environ["AWS_ACCESS_KEY_ID"]) if key in said]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", ACCESS_KEY)
+    s3_proxy.faults.refused_share = 1
+    for status in (400, 401, 403, 409, 500):
+        s3_proxy.faults.status = status
+        with pytest.raises(StorageError) as caught:
+            impatient(s3_proxy.port).put("p", b"")
+        said += json.dumps(caught.value.as_dict())
+    assert not [key for key in ("wrong-", SECRET_KEY, ACCESS_KEY) if key in said]
