@@ -163,7 +163,7 @@ def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
     disk.write_whole(MARKER, msgspec.json.encode(marker) + b"\n")
 
 
-def _mirror(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None) -> Mirror | None:
+def _mirror(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None, *, read_only: bool) -> Mirror | None:
     """The packs' way to the cold tier, where one is set. Raises UsageError for settings that do not parse."""
     try:
         settings = msgspec.json.decode((root / TIER).read_bytes(), type=TierSettings)
@@ -171,7 +171,10 @@ def _mirror(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None) -> M
         return None
     except msgspec.MsgspecError as error:
         raise UsageError(f"{TIER} does not parse ({error})", place=TIER, fix="set it anew: `him tier set`") from error
-    return Mirror(disk, cold or open_store(settings.cold), clock, settings.budget_bytes, background=True)
+    if read_only and not receipts(disk):
+        return None  # All of it is here.
+    store = cold or open_store(settings.cold)
+    return Mirror(disk, store, clock, settings.budget_bytes, background=True, read_only=read_only)
 
 
 def _left_by_creation(entry: Path) -> bool:
@@ -218,7 +221,7 @@ class Repository:
         cache = None if self.read_only else path / "cache"
         self._projection = SqliteProjection(cache / "projection.sqlite" if cache else None)
         self._memo = SqliteMemo(cache / "memo.sqlite" if cache else None)
-        self._mirror = None if self.read_only else _mirror(path, self._disk, clock, cold)
+        self._mirror = _mirror(path, self._disk, clock, cold, read_only=self.read_only)
         self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(self._repository_id), self._mirror)
         writer = f"{platform.node()}:{os.getpid()}"
         self._history = History(self._log, self._projection, self._store, self._memo, clock, rng, writer)

@@ -15,6 +15,12 @@ _PROBE: Final = "cache/doctor.probe"
 _SYNCS: Final = 20
 _SLOW_SYNC_MS: Final = 20.0
 _FREE_BYTES_LEAST: Final = 1024**3
+_HOLE_BYTES: Final = 1024 * 1024
+_ADVICE: Final = {
+    "zfs": "set recordsize=1M and compression=zstd",
+    "btrfs": "mount with compress=zstd:6; freed ranges may not give room back",
+}
+"""Spec §1.3."""
 _PYTHON_LEAST: Final = (3, 11)
 
 Check = dict[str, object]
@@ -22,7 +28,10 @@ Check = dict[str, object]
 
 def examine(root: Path, disk: Disk, clock: Clock, encoder: TextEncoder, reader: TextReader) -> list[Check]:
     """All checks, each {"check", "ok", "detail", "fix"}; none changes the repository."""
-    return [_python(), _space(root), *_file_system(disk, clock), _clock(clock), _text_model(encoder), _reader(reader)]
+    return [
+        _python(), _space(root), *_file_system(disk, clock), _holes(root, disk), _clock(clock), _text_model(encoder),
+        _reader(reader),
+    ]  # fmt: skip
 
 
 def _check(name: str, ok: bool, detail: str, fix: str = "") -> Check:
@@ -69,6 +78,46 @@ def _file_system(disk: Disk, clock: Clock) -> list[Check]:
         ),
         _check("fsync", middle <= _SLOW_SYNC_MS, f"{middle:.2f} ms in the middle of {_SYNCS}", "use a faster disk"),
     ]
+
+
+def _holes(root: Path, disk: Disk) -> Check:
+    """Whether freeing a range gives room back, which a warm budget needs; and how the file system is best set."""
+    kind = _file_system_of(root)
+    advice = _ADVICE.get(kind, "")
+    try:
+        probe = disk.open(_PROBE, create=True)
+        try:
+            probe.write_at(0, b"\x5a" * _HOLE_BYTES)
+            probe.sync()
+            full = probe.allocated()
+            freed = probe.punch(0, _HOLE_BYTES // 2) and full - probe.allocated() >= _HOLE_BYTES // 2
+            # What the system says it keeps has been seen to be untrue on btrfs.
+            known = kind != "btrfs"
+        finally:
+            probe.close()
+            disk.remove(_PROBE)
+    except HimError as error:
+        return _check("holes", False, error.message, error.fix)
+    detail = f"{kind}: a freed range {'gives' if freed and known else 'may not give'} its room back"
+    # Without a cold tier nothing is ever freed.
+    needed = (root / "tier.json").exists()
+    return _check(
+        "holes", (freed and known) or not needed, f"{detail}; {advice}" if advice else detail,
+        "keep repositories with a cold tier on ext4 or XFS" + (f"; {advice}" if advice else ""),
+    )  # fmt: skip
+
+
+def _file_system_of(root: Path) -> str:
+    """The kind of file system a folder is on, by the longest mount point above it; "unknown" where nobody says."""
+    try:
+        mounts = [line.split() for line in Path("/proc/mounts").read_text("utf-8", "replace").splitlines()]
+    except OSError:
+        return "unknown"
+    here = str(root.resolve())
+    above = [
+        (point, kind) for _, point, kind, *_ in mounts if here == point or here.startswith(point.rstrip("/") + "/")
+    ]
+    return max(above, key=lambda one: len(one[0]), default=("", "unknown"))[1]
 
 
 def _clock(clock: Clock) -> Check:

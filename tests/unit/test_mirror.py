@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import FakeRng, Faults, MemDisk, MemObjects, PowerLoss, Stack
+from fakes import REPOSITORY_ID, DictMemo, FakeRng, Faults, MemDisk, MemObjects, PowerLoss, Stack
 from numpy.typing import NDArray
 
 from him.adapters.local import LocalDisk
+from him.adapters.sqlite import SqliteProjection
+from him.catalog.history import History
 from him.catalog.log import FileLog
+from him.catalog.reader import SnapshotReader
 from him.config import EXTENT_BYTES
 from him.errors import IntegrityError, StorageError, UnavailableError
 from him.tier.mirror import Mirror
+from him.tier.warm import WarmStore
 from him.types import TileKey
 
 MIB = 1024 * 1024
@@ -208,6 +212,27 @@ def test_a_pack_that_was_deleted_comes_from_the_cold_tier(tiered: Tiered) -> Non
     shutil.rmtree(tiered.folder / "cache", ignore_errors=True)
     tiered.open()
     everything_is_right(tiered)
+
+
+def test_a_read_only_repository_reads_what_is_only_cold(tiered: Tiered) -> None:
+    tiered.mirror.push_all()
+    tiered.mirror.demote()
+    tiered.close()
+    before = {path: path.stat().st_mtime_ns for path in tiered.folder.rglob("*") if path.is_file()}
+    disk = LocalDisk(tiered.folder, read_only=True)
+    mirror = Mirror(disk, tiered.cold, Ticking(), tiered.budget, read_only=True)
+    log, projection = FileLog(disk, read_only=True), SqliteProjection(None)
+    store = WarmStore(disk, projection, FakeRng("9"), REPOSITORY_ID, mirror)
+    history = History(log, projection, store, DictMemo(), Ticking(), FakeRng("9"), "reader")
+    history.refresh()
+    reader = SnapshotReader(store, DictMemo(), history.snapshot("main").directory)
+    for number in range(41):
+        assert np.array_equal(reader.tile(key(number)), tile(number))
+    with reader.view(key(3)) as values:
+        assert np.array_equal(values, tile(3))
+    store.close()
+    mirror.close()
+    assert before == {path: path.stat().st_mtime_ns for path in tiered.folder.rglob("*") if path.is_file()}
 
 
 def test_what_cannot_be_kept_is_passed_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,10 +99,18 @@ class Mirror:
 
     Args:
         background: copy finished packs from a thread of its own as they come; else only when asked, or short of room.
+        read_only: the disk cannot be written to: what is not here is passed through, and nothing is copied or freed.
     """
 
     def __init__(
-        self, disk: Disk, cold: ObjectStore, clock: Clock, budget_bytes: int, *, background: bool = False
+        self,
+        disk: Disk,
+        cold: ObjectStore,
+        clock: Clock,
+        budget_bytes: int,
+        *,
+        background: bool = False,
+        read_only: bool = False,
     ) -> None:
         self._disk = disk
         self._cold = cold
@@ -123,15 +131,17 @@ class Mirror:
         self._fetched_bytes = self._fetches = self._freed_bytes = self._passed_through = 0
         self._fault = ""
         self._pushing = threading.Lock()
-        self._mover = _Mover(self.push_all) if background else None
-        self._sum = disk.open(_ACCOUNT, create=True)
+        self._mover = _Mover(self.push_all) if background and not read_only else None
+        self._read_only = read_only
+        self._sum = disk.open(_ACCOUNT, create=not read_only)
         self._account = _Account(self._sum)
-        self._receipts = disk.open(_RECEIPTS, create=True)
-        disk.sync_folder(FOLDER)
+        self._receipts = disk.open(_RECEIPTS, create=not read_only)
         self._learn_receipts()
-        self._recall()
-        with self._account:
-            self._write_account(self._recounted())
+        if not read_only:
+            disk.sync_folder(FOLDER)
+            self._recall()
+            with self._account:
+                self._write_account(self._recounted())
 
     @property
     def _limit(self) -> int:
@@ -153,7 +163,7 @@ class Mirror:
         """A pack's file fetches what it lacks and accounts for what it is given; others are the disk's own."""
         if not path.startswith(PACKS):
             return self._disk.open(path, create=create)
-        return _PackFile(self, path, self._disk.open(path, create=create or self.holds(path)))
+        return _PackFile(self, path, self._disk.open(path, create=create or (self.holds(path) and not self._read_only)))
 
     def view(self, path: str, offset: int, size: int) -> memoryview:
         """A range of a file, fetched if it has to be; it cannot be freed while anything refers to it."""
@@ -189,8 +199,9 @@ class Mirror:
         if self._mover is not None:
             self._mover.stop()
         with self._lock:
-            with contextlib.suppress(StorageError):  # Only a hint.
-                self._disk.write_whole(_HOTNESS, self._policy.dump())
+            if not self._read_only:
+                with contextlib.suppress(StorageError):  # Only a hint.
+                    self._disk.write_whole(_HOTNESS, self._policy.dump())
             for file in (*self._files.values(), self._sum, self._receipts):
                 file.close()
             self._files = {}
@@ -263,6 +274,8 @@ class Mirror:
     def heal(self, path: str, offset: int, data: memoryview) -> bool:
         """Put verified bytes where others are; only over what is here, so that no half extent comes to be."""
         pack, changed = self._packs[path], False
+        if self._read_only:
+            return False
         with self._account, self._lock:
             self._look(pack)
             file, end = self._file(pack), offset + len(data)
@@ -473,8 +486,8 @@ class Mirror:
     def _file(self, pack: _Pack) -> File:
         file = self._files.get(pack.name)
         if file is None:
-            file = self._disk.open(pack.name, create=True)
-            if file.size() < pack.size:
+            file = self._disk.open(pack.name, create=not self._read_only)
+            if file.size() < pack.size and not self._read_only:
                 file.truncate(pack.size)
             self._files[pack.name] = file
             if len(self._files) > OPEN_PACKS_MAX:
@@ -559,6 +572,8 @@ class Mirror:
 
     def _reserved(self, size: int, limit: int) -> bool:
         """Whether `size` more bytes fit below `limit`, after freeing what may be freed; then they are accounted for."""
+        if self._read_only:
+            return False
         with self._account:
             used = self._read_account()
             if used + size > limit:
@@ -624,6 +639,8 @@ class Mirror:
         return int.from_bytes(data[:8], "little")
 
     def _write_account(self, used: int) -> None:
+        if self._read_only:
+            return
         data = max(0, used).to_bytes(8, "little")
         self._sum.write_at(0, data + blake3(data).digest()[:_SUM_BYTES])
 
