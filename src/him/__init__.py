@@ -13,6 +13,7 @@ through a warm daemon within a few milliseconds.
 
 TYPE_CHECKING = False  # as typing's, whose import would cost a third of what this package costs to load
 if TYPE_CHECKING:
+    from him import kv
     from him.app import Repository, SnapshotHandle, check, open
     from him.errors import HimError
 
@@ -27,19 +28,24 @@ _HOMES = {
 }
 """Public name → the module it is loaded from when first asked for (PEP 562)."""
 
-__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "check", "open"]
+_MODULES = ("kv",)
+"""Public modules, loaded in the same way."""
+
+__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "check", "kv", "open"]
 
 
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
-    if home is None:
+    if home is None and name not in _MODULES:
         raise AttributeError(f"module 'him' has no attribute {name!r}")
     from importlib import import_module
 
+    if home is None:
+        return import_module(f"him.{name}")
     value: object = getattr(import_module(home), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})

@@ -152,6 +152,17 @@ DAEMON_REQUEST_BYTES_MAX: Final = 1024 * 1024
 FRAME_CELLS_MAX: Final = 2**31
 """Rows or columns of tiles in a frame."""
 
+# KV caches
+KV_TOKENS_MAX: Final = 2**24
+"""Tokens of one cache: its record holds four bytes for each."""
+KV_BINDING_CHARS_MAX: Final = 1_000
+"""Of each text in a binding."""
+KV_ORDERS_KEPT: Final = 4
+"""Directories whose caches a process keeps in order."""
+KV_RECORDS_AT_ONCE: Final = 1_000
+KV_FILE_BYTES_MAX: Final = 4 * 1024 * 1024 * 1024
+"""Of a tensor that the command line reads."""
+
 # Query (spec §0, §1.1, §9)
 BUDGET_MS: Final = 150
 TILES_MAX: Final = 8

@@ -14,7 +14,7 @@ from him.catalog.history import History
 from him.catalog.reader import SnapshotReader
 from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX, PIN_MINUTES
 from him.errors import LimitError, NotFoundError, UsageError
-from him.ingest import Ingest, IngestReport, Progress
+from him.ingest import Ingest, IngestReport, MakeBeside, Progress
 from him.ports import Clock, Memo, PictureDecoder
 from him.pyramid import diff, directory, levels
 from him.query import Answer
@@ -82,7 +82,8 @@ class SnapshotHandle:
     """One snapshot as it stood when the handle was made; writing moves the handle to what it wrote."""
 
     def __init__(self, parts: Parts, info: Snapshot) -> None:
-        self._parts = parts
+        self.parts = parts
+        """The rooms behind it, for the modules of HIM that stand above this one."""
         self.info = info
         self._read: SnapshotReader | None = None
 
@@ -99,8 +100,8 @@ class SnapshotHandle:
         """Put one tile (an array) or document (bytes). Raises UsageError, SealedError."""
         if level != 0:
             raise UsageError("tiles are put at level 0", fix="declare a level rule for the stream: levels follow")
-        self.info = self._parts.ingest.tiles(self.id, stream, frame, {(y, x): value})
-        return self._reader.meta(TileKey(stream, frame, 0, y, x))
+        self.info = self.parts.ingest.tiles(self.id, stream, frame, {(y, x): value})
+        return self.reader.meta(TileKey(stream, frame, 0, y, x))
 
     def put_delta(
         self, stream: str, change: ClientDelta | bytes, *, frame: str = "", y: int = 0, x: int = 0
@@ -112,21 +113,27 @@ class SnapshotHandle:
             UsageError, LimitError, IntegrityError: a delta that does not fit or leads elsewhere than it says.
         """
         given = delta.unpack(change) if isinstance(change, bytes) else change
-        self.info = self._parts.ingest.delta(self.id, stream, frame, (y, x), given)
-        return self._reader.meta(TileKey(stream, frame, 0, y, x))
+        self.info = self.parts.ingest.delta(self.id, stream, frame, (y, x), given)
+        return self.reader.meta(TileKey(stream, frame, 0, y, x))
 
     def make_delta(self, stream: str, value: Array | bytes, *, frame: str = "", y: int = 0, x: int = 0) -> bytes | None:
         """The delta that makes `value` of the tile that is there, packed; None where it saves too little."""
-        made = self._parts.ingest.make_delta(self.id, stream, frame, (y, x), value)
+        made = self.parts.ingest.make_delta(self.id, stream, frame, (y, x), value)
         return None if made is None else msgspec.msgpack.encode(made)
 
     def put_many(self, stream: str, cells: Mapping[tuple[int, int], Array | bytes | None], *, frame: str = "") -> None:
         """Put (or, with None, delete) several cells (row, column) in one commit."""
-        self.info = self._parts.ingest.tiles(self.id, stream, frame, cells)
+        self.info = self.parts.ingest.tiles(self.id, stream, frame, cells)
 
-    def put_array(self, stream: str, array: Array, *, frame: str = "") -> IngestReport:
-        """Replace a frame by an array of 1–3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim)."""
-        return self._moved(self._parts.ingest.array(self.id, stream, frame, array))
+    def put_array(
+        self, stream: str, array: Array, *, frame: str = "", beside: MakeBeside | None = None
+    ) -> IngestReport:
+        """Replace a frame by an array of 1–3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim).
+
+        Args:
+            beside: makes documents that are committed with it (`ingest.Beside`).
+        """
+        return self._moved(self.parts.ingest.array(self.id, stream, frame, array, beside=beside))
 
     def put_image(
         self,
@@ -138,33 +145,33 @@ class SnapshotHandle:
     ) -> IngestReport:
         """Replace a screen by a picture, (h, w, 3) uint8 RGB or a file, with all that it shows."""
         if not isinstance(image, np.ndarray):
-            image = self._parts.decoder.decode(read_limited(Path(image), IMAGE_FILE_BYTES_MAX), str(image))
-        return self._moved(self._parts.ingest.picture(self.id, frame, image, tree=tree, progress=progress))
+            image = self.parts.decoder.decode(read_limited(Path(image), IMAGE_FILE_BYTES_MAX), str(image))
+        return self._moved(self.parts.ingest.picture(self.id, frame, image, tree=tree, progress=progress))
 
     def append(self, stream: str, rows: Sequence[object], *, writer: str = "main") -> str:
         """Append rows (JSON values) to a log stream; the name of the frame they went to."""
-        self.info, frame = self._parts.ingest.append(self.id, stream, rows, writer=writer)
+        self.info, frame = self.parts.ingest.append(self.id, stream, rows, writer=writer)
         return frame
 
     def seal(self) -> Snapshot:
         """End writing: levels are computed, the Lamport time is set. Sealing twice is no change."""
-        self.info = self._parts.history.seal(self.id)
+        self.info = self.parts.history.seal(self.id)
         return self.info
 
     def set_tag(self, key: str, value: str | None) -> None:
         """Set (or, with None, remove) an attribute such as task_id, owner, semantic_summary."""
-        self._parts.history.set_attribute(self.id, key, value)
-        self.info = self._parts.history.snapshot(self.id)
+        self.parts.history.set_attribute(self.id, key, value)
+        self.info = self.parts.history.snapshot(self.id)
 
     # -- reading
 
     def get(self, stream: str, *, frame: str = "", level: int = 0, y: int = 0, x: int = 0) -> Array | bytes:
         """Verified values of a tile; a document's bytes. Raises NotFoundError, IntegrityError."""
-        return self._reader.tile(TileKey(stream, frame, level, y, x))
+        return self.reader.tile(TileKey(stream, frame, level, y, x))
 
     def array(self, stream: str, *, frame: str = "") -> Array:
         """A frame's whole array; absent tiles are zeros."""
-        return self._reader.array(stream, frame)
+        return self.reader.array(stream, frame)
 
     def get_many(
         self, stream: str, cells: Sequence[tuple[int, int]], *, frame: str = "", level: int = 0
@@ -174,7 +181,7 @@ class SnapshotHandle:
         Raises:
             NotFoundError, IntegrityError: for the first that fails.
         """
-        return self._reader.tiles([TileKey(stream, frame, level, y, x) for y, x in cells])
+        return self.reader.tiles([TileKey(stream, frame, level, y, x) for y, x in cells])
 
     @contextmanager
     def view(self, stream: str, *, frame: str = "", level: int = 0, y: int = 0, x: int = 0) -> Generator[Array | bytes]:
@@ -183,16 +190,16 @@ class SnapshotHandle:
         What is stored compressed or quantised is a copy. Keep no reference to the array beyond the block: while one
         lives the tile's place in its pack stays mapped and cannot be evicted.
         """
-        with self._reader.view(TileKey(stream, frame, level, y, x)) as values:
+        with self.reader.view(TileKey(stream, frame, level, y, x)) as values:
             yield values
 
     def frames(self, stream: str | None = None) -> list[Frame]:
         """Frames (of one stream), sorted."""
-        return self._reader.frames(stream)
+        return self.reader.frames(stream)
 
     def tiles(self, stream: str, *, frame: str = "", level: int = 0) -> Iterator[TileMeta]:
         """Present tiles of a frame at a level, row by row within a page."""
-        reader = self._reader
+        reader = self.reader
         if level == 0:
             for key in reader.keys(stream, frame):
                 yield reader.meta(key)
@@ -206,11 +213,11 @@ class SnapshotHandle:
 
     def query(self, goal: str, *, frame: str | None = None, budget_ms: int = BUDGET_MS) -> Answer:
         """Answer a goal on this snapshot; see `Repository.query`."""
-        return self._parts.query(goal, self.id, frame=frame, budget_ms=budget_ms)
+        return self.parts.query(goal, self.id, frame=frame, budget_ms=budget_ms)
 
     def diff(self, other: "SnapshotHandle") -> Iterator[dict[str, object]]:
         """What differs from this snapshot to `other`, tile by tile; only differing pages are read."""
-        store = self._parts.store
+        store = self.parts.store
         for was, now in directory.diff(store, self.info.directory, other.info.directory):
             frame = now or was
             if frame is None:
@@ -224,15 +231,15 @@ class SnapshotHandle:
                 }  # fmt: skip
 
     @property
-    def _reader(self) -> SnapshotReader:
+    def reader(self) -> SnapshotReader:
         """The reader of the present directory, kept while that stays: it remembers the frames it found."""
         if self._read is None or self._read.directory != self.info.directory:
-            self._read = SnapshotReader(self._parts.store, self._parts.memo, self.info.directory)
+            self._read = SnapshotReader(self.parts.store, self.parts.memo, self.info.directory)
         return self._read
 
     def _derived(self, frame: Frame, key: TileKey, entry: Entry) -> TileMeta:
         """What is known of a derived tile, which need not be stored; then it takes no place."""
-        store = self._parts.store
+        store = self.parts.store
         return TileMeta(
             tile_id_text(tile_id(key, entry.origin, entry.blob_id)), key.stream, key.frame,
             snapshot_id(entry.origin), key.level, key.x, key.y, levels.shape_at(frame, key.level, key.y, key.x),
@@ -241,7 +248,7 @@ class SnapshotHandle:
         )  # fmt: skip
 
     def _moved(self, report: IngestReport) -> IngestReport:
-        self.info = self._parts.history.snapshot(self.id)
+        self.info = self.parts.history.snapshot(self.id)
         return report
 
 

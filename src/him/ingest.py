@@ -82,6 +82,18 @@ class IngestReport(msgspec.Struct, frozen=True):
         return shown | {"note": self.note} if self.note else shown
 
 
+class Beside(NamedTuple):
+    """A document that becomes visible with an array, in the same commit; None removes the frame."""
+
+    stream: StreamSpec
+    frame: str
+    document: bytes | None
+
+
+MakeBeside = Callable[[Mapping[Cell, BlobId]], Sequence[Beside]]
+"""From an array's cells, once they are stored, what is to be committed with them."""
+
+
 class _Put(NamedTuple):
     """Blobs put for one frame: cells, and how many of them were new."""
 
@@ -225,6 +237,7 @@ class Ingest:
         *,
         progress: Progress | None = None,
         note: str = "",
+        beside: MakeBeside | None = None,
     ) -> IngestReport:
         """Store an array of 1–3 dimensions, or a KV tensor (layers, 2, heads, tokens, dim), as a frame's tiles.
 
@@ -233,6 +246,7 @@ class Ingest:
 
         Args:
             note: what the report shall say.
+            beside: makes the documents that are committed with the array.
         """
         began = self._clock.monotonic_ns()
         frame = checked_name(frame, what="frame")
@@ -249,6 +263,8 @@ class Ingest:
                 FrameChange(_cell_frame(STREAMS[seen], frame, 0, 0, (1, 1), "bytes"), {}, replace=True)
                 for seen in ("scene", "emb")
             ]
+        if beside is not None:
+            changes += self._beside_changes(snapshot, beside(put.cells))
         after = self._history.commit(snapshot.snapshot_id, changes, epoch=epoch)
         return IngestReport(
             after.snapshot_id, stream, frame, put.written, len(put.cells) - put.written,
@@ -408,6 +424,16 @@ class Ingest:
             attributes=(("encoder", self._encoder.pin()),),
         )
         yield FrameChange(shape, put.cells, replace=True)
+
+    def _beside_changes(self, opened: Snapshot, made: Sequence[Beside]) -> Iterator[FrameChange]:
+        for one in made:
+            cells: dict[Cell, BlobId] = {}
+            if one.document is not None:
+                tile = codec.encode_bytes(one.document)
+                replaced = self._replaced(opened, one.stream.name, one.frame, [(0, 0)])
+                self._store.put_tiles([tile], snapshot_bytes(opened.snapshot_id), [replaced.get((0, 0))])
+                cells = {(0, 0): tile.blob_id}
+            yield FrameChange(_cell_frame(one.stream, one.frame, 0, 0, (1, 1), "bytes"), cells, replace=True)
 
     def _put_tiles(
         self, opened: Snapshot, frame: str, plane: Plane, spec: StreamSpec, progress: Progress | None = None

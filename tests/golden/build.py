@@ -247,7 +247,7 @@ class Build:
     def many(self, branch: str, meta: TileMeta, numbers: range) -> None:
         """One commit: a hundred of one frame each would be most of the repository."""
         work = self.repo.writable(branch)
-        frame, parts = work.frames("skills")[0], work._parts
+        frame, parts = work.frames("skills")[0], work.parts
         cells = {(0, 0): BlobId(bytes.fromhex(meta.checksum))}
         changes = [FrameChange(msgspec.structs.replace(frame, name=f"skill {number}"), cells) for number in numbers]
         parts.history.commit(work.id, changes, epoch=parts.store.epoch)
@@ -295,7 +295,7 @@ def described(repo: him.Repository) -> dict:
                 value = handle.get(frame.stream, **at)
                 shape = [len(value)] if isinstance(value, bytes) else list(value.shape)
                 kind = "bytes" if isinstance(value, bytes) else value.dtype.name
-                name = tile_id_text(handle._reader.tile_id(TileKey(frame.stream, frame.name, level, y, x)))
+                name = tile_id_text(handle.reader.tile_id(TileKey(frame.stream, frame.name, level, y, x)))
                 tiles.append([level, y, x, shape, kind, digest(value), name])
             record = {key: getattr(frame, key) for key in frame.__struct_fields__} | {"root": frame.root.hex()}
             frames.append(record | {"attributes": [list(pair) for pair in frame.attributes], "tiles": tiles})
