@@ -88,6 +88,21 @@ class Model:
         out = _normed(hidden, weights["output_norm.weight"], shape.epsilon)
         return out @ weights["token_embd.weight"].T, cache
 
+    def greedy(self, tokens: Sequence[int], past: Floats, count: int) -> tuple[list[int], Floats]:
+        """The `count` likeliest tokens after `tokens`, one decoding step each from a cache of what stands before them.
+
+        Returns them and the logits (count, vocabulary) that chose them.
+        """
+        said: list[int] = []
+        logits: list[Floats] = []
+        given, cache = list(tokens), past
+        for _ in range(count):
+            found, cache = self.forward(given, cache)
+            logits.append(found[-1])
+            given = [int(found[-1].argmax())]
+            said += given
+        return said, np.stack(logits)
+
     def next_tokens(self, text: str, count: int = 5) -> list[str]:
         """The most likely continuations of a text, the likeliest first."""
         logits, _ = self.forward(self.tokens(text))
