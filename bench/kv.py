@@ -73,7 +73,8 @@ def _said(*, tiny: bool) -> Rows:
             "goal": "all", "holds": alike == GREEDY and again == said and exact.tobytes() == cache.tobytes(),
         }  # fmt: skip
         short, _ = network.greedy(after, coarse, GREEDY)
-        yield share("kv", metrics[1], sum(a == b for a, b in zip(said, short, strict=True)), GREEDY)
+        equal = sum(a == b for a, b in zip(said, short, strict=True))
+        yield share("kv", metrics[1], equal, GREEDY, distinct=len(set(said)))
         forced = [*after, *said[:-1]]
         (truth, _), (told, _) = (network.forward(forced, one) for one in (cache, coarse))
         equal = int((truth.argmax(axis=1) == told.argmax(axis=1)).sum())

@@ -13,7 +13,7 @@ A cache is a frame of tiles and, in the same commit, a record: binding, token id
 
 import threading
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
@@ -48,6 +48,8 @@ _FLOATS: Final = ("float16", "float32", "bfloat16")
 _QUANTISE_OF: Final = {spec.name: way for way, spec in TENSORS.items()}
 _VERSION: Final = 1
 _TOKEN_BYTES: Final = 4
+_FEW: Final = 16
+"""Below one in so many, new places are put where they belong; above, all are sorted again."""
 
 
 class Binding(msgspec.Struct, frozen=True):
@@ -169,6 +171,11 @@ def save(
     return handle.put_array(spec.name, tensor, frame=name, beside=beside)
 
 
+def check(tensor: Array, token_ids: TokenIds, binding: Binding, quantise: str = "") -> None:
+    """Refuse what `save` would refuse of these. Raises UsageError, LimitError."""
+    _fitting(tensor, len(_token_bytes(token_ids)) // _TOKEN_BYTES, binding, quantise)
+
+
 def load(handle: SnapshotHandle, name: str, binding: Binding, *, tokens: int | None = None) -> Cache:
     """A cache and its token ids, verified; with `tokens` the first so many, reading no tile beyond.
 
@@ -200,7 +207,7 @@ def load(handle: SnapshotHandle, name: str, binding: Binding, *, tokens: int | N
         band = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         top = row * frame.tile_height
         low = min(top + len(band), count)
-        whole[:, :, :, top:low] = kv_tensor(band[: low - top], (*shape[:3], low - top, shape[4]))
+        kv_tensor(band[: low - top], (*shape[:3], low - top, shape[4]), whole[:, :, :, top:low])
 
     store.spread(place, range(-(-count // frame.tile_height)))
     return Cache(whole, np.frombuffer(record.tokens, dtype=">u4", count=count).astype(np.int64))
@@ -379,6 +386,7 @@ class _Orders:
             binding: [one for one in places if one.frame not in gone] if gone else list(places)
             for binding, places in before.items()
         }
+        fresh: _Order = {}
         names = [now.name for _, now in differing if now is not None]
         for at in range(0, len(names), KV_RECORDS_AT_ONCE):
             part = names[at : at + KV_RECORDS_AT_ONCE]
@@ -388,9 +396,15 @@ class _Orders:
                     raise IntegrityError("the record of a KV cache is no document", object=name)
                 record = _parsed(document, name)
                 place = _Place(record.tokens, _QUANTISE_OF[record.stream], name, blob)
-                order.setdefault(record.binding, []).append(place)
-        for places in order.values():
-            places.sort()
+                fresh.setdefault(record.binding, []).append(place)
+        for binding, places in fresh.items():
+            into = order.setdefault(binding, [])
+            if len(places) * _FEW < len(into):
+                for place in places:
+                    insort(into, place)
+            else:
+                into += places
+                into.sort()
         return {binding: places for binding, places in order.items() if places}
 
 

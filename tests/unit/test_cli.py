@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import ml_dtypes
 import numpy as np
 import pytest
 import typer.main
@@ -219,7 +220,8 @@ def test_the_commands_of_the_issue_are_there() -> None:
     wanted = (
         "init|snap create|snap seal|snap list|snap show|snap diff|snap delete|snap tag|log|branch|tiles put|"
         "tiles delta|tiles get|tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|"
-        "daemon status|daemon run|tier set|tier status|tier push|tier demote|tier admit|tier pin|tier unpin"
+        "daemon status|daemon run|tier set|tier status|tier push|tier demote|tier admit|tier pin|tier unpin|"
+        "kv save|kv load|kv prefix|kv list"
     )
     assert set(COMMANDS) == set(wanted.split("|")) == set(EXAMPLES)
 
@@ -436,6 +438,47 @@ def test_tiles_come_out_as_they_went_in(cli: Him, repo: Path, tmp_path: Path) ->
     assert not list(tmp_path.glob("*.part"))
 
 
+MODEL = {
+    "model": "m", "tokenizer": "t", "positions": "rope", "dtype": "float32", "layers": 2, "kv_heads": 1, "dim": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kv_caches_come_out_as_they_went_in(cli: Him, repo: Path, tmp_path: Path, dtype: str) -> None:
+    whole = np.random.default_rng(1).standard_normal((2, 2, 1, 600, 4), dtype=np.float32)
+    whole = whole.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    np.save(tmp_path / "cache.npy", whole)
+    np.save(tmp_path / "ids.npy", np.arange(600))
+    (tmp_path / "asked.json").write_text(json.dumps([*range(550), 7, 7]))
+    binding = {**MODEL, "dtype": dtype}
+    (tmp_path / "model.json").write_text(json.dumps(binding))
+    place = ("--snapshot", "main", "--frame", "chat", "--binding", "model.json", "--repo", repo)
+    saved = cli("kv", "save", "cache.npy", "ids.npy", *place, "--json").row()
+    shape(saved, {"snapshot_id": str, "stream": str, "frame": str, "tokens": int, "tiles_written": int,
+                  "tiles_reused": int, "bytes_stored": int, "ms": float})  # fmt: skip
+    assert (saved["stream"], saved["tokens"], saved["tiles_written"]) == ("kv_cache", 600, 2)
+    ask = ("kv", "prefix", "asked.json", "--snapshot", "main", "--binding", "model.json", "--repo", repo)
+    assert cli(*ask, "--json").row() == {"found": True, "frame": "chat", "tokens": 550, "quantise": ""}
+    assert "550 of 552" in cli(*ask).out
+    (tmp_path / "asked.json").write_text("[999]")
+    assert cli(*ask, "--json").row() == {"found": False, "frame": None, "tokens": 0, "quantise": None}
+    loaded = cli("kv", "load", *place, "--tokens", "550", "-o", "back.npy", "--ids", "back.json", "--json").row()
+    assert loaded == {
+        "path": str(tmp_path / "back.npy"), "ids_path": str(tmp_path / "back.json"), "frame": "chat", "tokens": 550,
+        "shape": [2, 2, 1, 550, 4], "dtype": dtype, "size_bytes": 16 * 550 * whole.itemsize,
+    }  # fmt: skip
+    assert np.load(tmp_path / "back.npy").tobytes() == whole[:, :, :, :550].tobytes()
+    assert json.loads((tmp_path / "back.json").read_text()) == list(range(550))
+    cli("kv", "save", "cache.npy", "ids.npy", *place, "--quantise", "int8")
+    listed = cli("kv", "list", "--snapshot", "main", "--repo", repo, "--json").rows()
+    assert listed == [{"frame": "chat", "tokens": 600, "quantise": "int8", "binding": binding}]
+    assert "int8" in cli("kv", "list", "--snapshot", "main", "--repo", repo).out
+    (tmp_path / "model.json").write_text(json.dumps({**binding, "tokenizer": "another"}))
+    ran = cli("kv", "load", *place, "-o", "wrong.npy", "--json")
+    assert (ran.code, ran.row()["error"]) == (7, "drift")
+    assert "tokenizer" in ran.row()["message"] and not (tmp_path / "wrong.npy").exists()
+
+
 def test_s10_spellings(cli: Him, repo: Path, tmp_path: Path) -> None:
     """Spec §10: the commands as they are written there."""
     environ = {"HIM_REPO": str(repo)}
@@ -510,6 +553,7 @@ def test_doctor_json(cli: Him, repo: Path, tmp_path: Path) -> None:
 # -- mistakes
 
 GOOD = ("--snapshot", "main", "--repo", "memory")
+CACHE = ("--frame", "chat", "--binding", "model.json", *GOOD)
 MISTAKES: dict[str, tuple[int, tuple[str, ...]]] = {
     "no such command": (2, ("remember",)),
     "no subcommand": (2, ("snap",)),
@@ -549,6 +593,20 @@ MISTAKES: dict[str, tuple[int, tuple[str, ...]]] = {
     "negative place": (2, ("tiles", "put", "floats.npy", "--stream", "kv_cache", "--x", "-1", *GOOD)),
     "absent tile": (3, ("tiles", "get", "--stream", "screen", "--frame", "login", "--x", "99", "-o", "x.npy", *GOOD)),
     "tile into a folder": (2, ("tiles", "get", "--stream", "screen", "--frame", "login", "-o", "empty", *GOOD)),
+    "cache without ids": (3, ("kv", "save", "cache.npy", "nowhere.json", *CACHE)),
+    "ids are no ids": (2, ("kv", "save", "cache.npy", "object.json", *CACHE)),
+    "ids are floats": (2, ("kv", "save", "cache.npy", "floats.npy", *CACHE)),
+    "ids are too few": (2, ("kv", "save", "cache.npy", "one.json", *CACHE)),
+    "cache is none": (2, ("kv", "save", "floats.npy", "ids.json", *CACHE)),
+    "cache is truncated": (2, ("kv", "save", "short.npy", "ids.json", *CACHE)),
+    "cache quantised by what is not": (2, ("kv", "save", "cache.npy", "ids.json", "--quantise", "int4", *CACHE)),
+    "no binding": (2, ("kv", "prefix", "ids.json", *GOOD)),
+    "missing binding": (3, ("kv", "prefix", "ids.json", "--binding", "nowhere.json", *GOOD)),
+    "binding is no binding": (2, ("kv", "prefix", "ids.json", "--binding", "object.json", *GOOD)),
+    "binding with an empty field": (2, ("kv", "prefix", "ids.json", "--binding", "hollow.json", *GOOD)),
+    "no cache of that name": (3, ("kv", "load", "-o", "x.npy", *CACHE)),
+    "cache into no .npy": (2, ("kv", "load", "-o", "x.bin", *CACHE)),
+    "no tokens of a cache": (2, ("kv", "load", "-o", "x.npy", "--tokens", "0", *CACHE)),
     "no KEY=VALUE": (2, ("snap", "create", "--tag", "owner", "--repo", "memory")),
     "KEY twice": (2, ("snap", "create", "--tag", "a=1", "--tag", "a=2", "--repo", "memory")),
     "nothing to tag": (2, ("snap", "tag", *GOOD)),
@@ -572,6 +630,11 @@ def clutter(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "model.json").write_text(json.dumps(MODEL))
+    (tmp_path / "hollow.json").write_text(json.dumps({**MODEL, "tokenizer": ""}))
+    (tmp_path / "ids.json").write_text("[1, 2, 3]")
+    (tmp_path / "one.json").write_text("[1]")
+    np.save(tmp_path / "cache.npy", np.zeros((2, 2, 1, 3, 4), dtype=np.float32))
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "object.json").write_text("{}")
     np.save(tmp_path / "floats.npy", np.zeros((4, 4, 3)))

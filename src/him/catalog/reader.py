@@ -3,7 +3,9 @@
 import unicodedata
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
+import cv2
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -173,19 +175,44 @@ class _Forgetful:
         """Nothing."""
 
 
+_KV_ROWS: Final = 64
+"""Tokens that are turned at a time: what one pass writes the next still finds in a core's cache."""
+_TURNED_AS: Final = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.int32)}
+"""Item size → a dtype that cv2.transpose takes; it moves bits, whatever they mean."""
+
+
 def kv_plane(tensor: Array) -> Array:
     """A KV tensor as an array of tiles: (layers, 2, heads, tokens, dim) → (tokens, heads·dim, layers·2).
 
     Tokens run down the rows, so that two caches with one prefix share their first tiles.
     """
     layers, two, heads, tokens, dim = tensor.shape
-    return np.ascontiguousarray(tensor.transpose(3, 2, 4, 0, 1)).reshape(tokens, heads * dim, layers * two)
+    kind = _TURNED_AS.get(tensor.itemsize)
+    if kind is None or not tensor[..., :1, :].size:
+        return np.ascontiguousarray(tensor.transpose(3, 2, 4, 0, 1)).reshape(tokens, heads * dim, layers * two)
+    plane = np.empty((tokens, heads * dim, layers * two), dtype=tensor.dtype)
+    for top in range(0, tokens, _KV_ROWS):
+        rows = np.ascontiguousarray(tensor[:, :, :, top : top + _KV_ROWS].transpose(0, 1, 3, 2, 4))
+        cv2.transpose(
+            rows.reshape(layers * two, -1).view(kind),
+            plane[top : top + _KV_ROWS].reshape(-1, layers * two).view(kind),
+        )
+    return plane
 
 
-def kv_tensor(plane: Array, shape: tuple[int, ...]) -> Array:
-    """Inverse of `kv_plane`."""
+def kv_tensor(plane: Array, shape: tuple[int, ...], out: Array | None = None) -> Array:
+    """Inverse of `kv_plane`; into `out` of that shape, where it is given."""
     layers, two, heads, tokens, dim = shape
-    return np.ascontiguousarray(plane.reshape(tokens, heads, dim, layers, two).transpose(3, 4, 1, 0, 2))
+    tensor = np.empty(shape, dtype=plane.dtype) if out is None else out
+    kind = _TURNED_AS.get(plane.itemsize)
+    if kind is None or not plane.size:
+        tensor[:] = plane.reshape(tokens, heads, dim, layers, two).transpose(3, 4, 1, 0, 2)
+        return tensor
+    for top in range(0, tokens, _KV_ROWS):
+        rows = np.ascontiguousarray(plane[top : top + _KV_ROWS]).reshape(-1, layers * two).view(kind)
+        turned = np.asarray(cv2.transpose(rows)).view(plane.dtype).reshape(layers, two, -1, heads, dim)
+        tensor[:, :, :, top : top + _KV_ROWS] = turned.transpose(0, 1, 3, 2, 4)
+    return tensor
 
 
 def bytes_of(value: msgspec.Struct) -> bytes:
