@@ -4,14 +4,12 @@ The model rows run SmolLM2-135M-Instruct in numpy (bench/kv_data.py) on prose; w
 and speed without the model are of normal noise in the shape of its cache: only their number and entropy matter there.
 """
 
-import gc
 import os
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -189,10 +187,8 @@ def _found(*, tiny: bool) -> Rows:
                 kv.save(work, f"chat-{number}", tensor, ids[number], binding)
         with him.open(path) as repo:
             work = repo.writable("main")
-            gc.collect()
-            before = _resident()
             first = took(lambda: kv.longest_prefix(work, ids[0], binding)).wall
-            grown = _resident() - before
+            held = sum(len(place.tokens) for place in kv._orders_of(work.parts.store).at(work.reader)[binding])
             later: list[float] = []
             for number in rng.integers(0, count, searches):
                 cut = int(rng.integers(1, length))
@@ -205,15 +201,9 @@ def _found(*, tiny: bool) -> Rows:
             kv.save(work, "new", tensor, ids[0], binding)
             after = took(lambda: kv.longest_prefix(work, ids[0], binding)).wall
     what = {"caches": count, "tokens": length}
-    yield row("kv", "longest prefix: first search of a process", round(first * 1e3, 2), "ms", **what, grown_bytes=grown)
+    yield row("kv", "longest prefix: first search of a process", round(first * 1e3, 2), "ms", **what, held_bytes=held)
     yield row(
         "kv", "longest prefix: later searches, p50", round(median(later) * 1e3, 4), "ms", **what,
         p95=round(percentile(later, 95) * 1e3, 4),
     )  # fmt: skip
     yield row("kv", "longest prefix: first search after a save", round(after * 1e3, 3), "ms", **what)
-
-
-def _resident() -> int:
-    """Bytes of this process in memory."""
-    fields: Any = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")

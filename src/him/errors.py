@@ -9,7 +9,7 @@
     ├── IntegrityError     stored bytes do not match their digest (rule 1: never returned)
     ├── ExpiredError       removed on purpose by retention; not corruption
     ├── ShreddedError      its key was destroyed on purpose; not corruption
-    ├── DriftError         the environment is not the one a trace was recorded in
+    ├── DriftError         the environment is not the one a trace was recorded in; the model not the one of a KV cache
     ├── VersionError       written by newer software than this
     ├── StorageError       the disk or the store refused (full, read-only, failed fsync)
     │   └── UnavailableError   the cold store does not answer, or answers 5xx
@@ -166,7 +166,7 @@ class ShreddedError(HimError):
 
 
 class DriftError(HimError):
-    """The environment is not the one a trace was recorded in."""
+    """The environment is not the one a trace was recorded in, or the model not the one a KV cache is bound to."""
 
     kind: ClassVar[str] = "drift"
 
