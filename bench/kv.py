@@ -56,7 +56,7 @@ def _said(*, tiny: bool) -> Rows:
         yield from (missing("kv", metric, unit, str(error)) for metric, unit in zip(metrics, units, strict=True))
         return
     tokens = network.tokens(kv_data.text())
-    prompt, after = tokens[:PROMPT], tokens[PROMPT : PROMPT + 1]
+    prompt = tokens[:PROMPT]
     binding = kv.Binding(
         network.digest, f"gguf:{network.digest}", f"rope base {network.shape.rope_base}, pairs (2i, 2i + 1)",
         "float32", network.shape.layers, network.shape.kv_heads, network.shape.dim,
@@ -74,7 +74,7 @@ def _said(*, tiny: bool) -> Rows:
             if exact.tobytes() != true.tobytes():
                 raise AssertionError("a lossless cache gives other bytes back")
             said, logits = network.greedy(after, true, GREEDY)
-            again, same_logits = network.greedy(after, np.asarray(exact), GREEDY)
+            _, same_logits = network.greedy(after, np.asarray(exact), GREEDY)
             alike += sum(a.tobytes() == b.tobytes() for a, b in zip(logits, same_logits, strict=True))
             short, _ = network.greedy(after, np.asarray(coarse), GREEDY)
             equal += sum(a == b for a, b in zip(said, short, strict=True))
