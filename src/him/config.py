@@ -66,6 +66,8 @@ COLD_FLIGHT_MAX: Final = 16
 """Ranged GETs a process keeps in flight to one bucket."""
 COLD_PART_BYTES: Final = 8 * 1024 * 1024
 """Of a part of an upload; S3 allows 10,000 of at least 5 MiB."""
+COLD_GAP_BYTES: Final = 1024 * 1024
+"""A gap up to this size is fetched with what lies on both sides of it: 20 ms at 50 MB/s, as S3 serves one request."""
 COLD_PARTS_FLIGHT_MAX: Final = 4
 """Parts of one upload in flight: with the one being gathered, what an upload holds in memory."""
 COLD_RETRIES_MAX: Final = 8

@@ -7,7 +7,9 @@ system and only a hint; a record's digest decides.
 
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
 
@@ -17,6 +19,8 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from him.config import (
+    COLD_FLIGHT_MAX,
+    COLD_GAP_BYTES,
     COLD_PART_BYTES,
     EXTENT_BYTES,
     HOTNESS_BYTES_MAX,
@@ -40,6 +44,8 @@ _SUM_BYTES: Final = 16
 _Names = list[str]
 Ranges = list[tuple[int, int]]
 """(offset, bytes) each."""
+_Run = list[Extent]
+"""Missing extents of one pack, in order, that one request brings."""
 
 
 class Receipt(msgspec.Struct, frozen=True):
@@ -123,6 +129,7 @@ class Mirror:
         self._lock = threading.RLock()
         self._used: dict[Extent, int] = {}
         self._flying: dict[Extent, threading.Event] = {}
+        self._threads: ThreadPoolExecutor | None = None
         self._policy = EvictionPolicy()
         self._finished: Callable[[], Iterable[PackFinished]] = tuple
         self._log: Callable[[int, int], bytes] = lambda _start, _limit: b""
@@ -198,6 +205,11 @@ class Mirror:
         """Keep what is known of how hot things are, and release files; a copy on its way is taken up another time."""
         if self._mover is not None:
             self._mover.stop()
+        with self._lock:
+            threads, self._threads = self._threads, None
+        # Not under the lock: a request that ends asks for it.
+        if threads is not None:
+            threads.shutdown(cancel_futures=True)
         with self._lock:
             if not self._read_only:
                 with contextlib.suppress(StorageError):  # Only a hint.
@@ -520,36 +532,76 @@ class Mirror:
 
     def _fetched(self, missing: Sequence[Extent]) -> bool:
         """Fetch extents into their files; False when there was no room."""
-        size = sum(self._by_number[number].span(at)[1] for number, at in missing)
-        if not self._reserved(size, self._limit):
+        if not self._reserved(self._bytes_of(missing), self._limit):
             self.nudge()
             return False
-        written = 0
         try:
-            for pack, ranges in self._runs(missing):
-                for (start, length), data in zip(ranges, self._got(pack.name, ranges), strict=True):
-                    self._file(pack).write_at(start, data)
-                    written += length
-                with self._lock:
-                    for start, length in ranges:
-                        pack.here[start // EXTENT_BYTES : -(-(start + length) // EXTENT_BYTES)] = True
+            for run, start, data in self._in_flight(tuple(self._runs(missing))):
+                self._write_run(run, start, data)
         finally:
-            if written < size:
-                with self._account:
-                    self._write_account(max(0, self._read_account() - size + written))
+            with self._lock:
+                here = [key for key in missing if self._by_number[key[0]].here[key[1]]]
+            if len(here) < len(missing):
+                # Nobody will touch these: whoever asked gets an error. They are here all the same.
+                with self._account, self._lock:
+                    self._policy.adopt(here)
+                    lacking = self._bytes_of(missing) - self._bytes_of(here)
+                    self._write_account(max(0, self._read_account() - lacking))
         return True
 
-    def _runs(self, missing: Sequence[Extent]) -> Iterator[tuple[_Pack, Ranges]]:
-        """Neighbouring extents as (offset, bytes), by pack."""
-        by_pack: dict[int, Ranges] = {}
+    def _bytes_of(self, extents: Iterable[Extent]) -> int:
+        return sum(self._by_number[number].span(at)[1] for number, at in extents)
+
+    def _runs(self, missing: Sequence[Extent]) -> Iterator[_Run]:
+        """Extents that one request is to bring: of one pack, close together, COLD_PART_BYTES from end to end."""
+        run: _Run = []
         for number, at in missing:
-            start, size = self._by_number[number].span(at)
-            runs = by_pack.setdefault(number, [])
-            if runs and sum(runs[-1]) == start and runs[-1][1] < COLD_PART_BYTES:
-                runs[-1] = (runs[-1][0], runs[-1][1] + size)
-            else:
-                runs.append((start, size))
-        return ((self._by_number[number], runs) for number, runs in by_pack.items())
+            if run and (
+                number != run[0][0]
+                or (at + 1 - run[0][1]) * EXTENT_BYTES > COLD_PART_BYTES
+                or (at - run[-1][1] - 1) * EXTENT_BYTES > COLD_GAP_BYTES
+            ):
+                yield run
+                run = []
+            run.append((number, at))
+        if run:
+            yield run
+
+    def _in_flight(self, runs: Sequence[_Run]) -> Iterator[tuple[_Run, int, memoryview]]:
+        """Each run, in order, with where its bytes begin in the pack and these; COLD_FLIGHT_MAX are on their way."""
+        if len(runs) == 1:
+            yield (runs[0], *self._run_bytes(runs[0]))
+            return
+        flight: deque[Future[tuple[int, memoryview]]] = deque()
+        try:
+            for number, run in enumerate(runs):
+                for ahead in runs[number + len(flight) : number + COLD_FLIGHT_MAX]:
+                    flight.append(self._requests().submit(self._run_bytes, ahead))
+                yield (run, *flight.popleft().result())
+        finally:
+            for one in flight:
+                one.cancel()
+
+    def _requests(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(COLD_FLIGHT_MAX, thread_name_prefix="him cold")
+            return self._threads
+
+    def _run_bytes(self, run: _Run) -> tuple[int, memoryview]:
+        """Where a run begins in its pack, and its bytes with those of its gaps."""
+        pack = self._by_number[run[0][0]]
+        start, end = pack.span(run[0][1])[0], sum(pack.span(run[-1][1]))
+        return start, self._got(pack.name, [(start, end - start)])[0]
+
+    def _write_run(self, run: _Run, begins: int, data: memoryview) -> None:
+        """Keep the extents of a run; what lies in its gaps is here already, or nobody asked for it."""
+        pack = self._by_number[run[0][0]]
+        for _, at in run:
+            start, size = pack.span(at)
+            self._file(pack).write_at(start, data[start - begins : start - begins + size])
+            with self._lock:
+                pack.here[at] = True
 
     def _got(self, path: str, ranges: Ranges) -> Sequence[memoryview]:
         try:
@@ -557,9 +609,10 @@ class Mirror:
         except StorageError as error:
             self._fault = error.message
             raise
-        self._fault = ""
-        self._fetches += len(ranges)
-        self._fetched_bytes += sum(size for _, size in ranges)
+        with self._lock:
+            self._fault = ""
+            self._fetches += len(ranges)
+            self._fetched_bytes += sum(size for _, size in ranges)
         return parts
 
     def _cold_digest(self, path: str, size: int) -> str:
