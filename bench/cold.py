@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -53,14 +54,17 @@ def run(*, tiny: bool = False) -> Rows:
     except FileNotFoundError as error:
         yield missing("cold", "tiles from S3", "ms", str(error), goal=aim(THEIRS, FASTER))
         return
-    with tempfile.TemporaryDirectory(prefix="him-cold-") as name, _credentials():
-        with serve(Path(name) / "s3") as (server, proxy):
-            cells = wanted(tiny=tiny)
-            place = _make(Path(name) / "memory", server.url("him", port=proxy.port), tiny=tiny)
-            objects = open_store(server.url("objects", port=proxy.port))
-            with ThreadPoolExecutor(COLD_FLIGHT_MAX) as pool:
-                list(pool.map(lambda cell: objects.put(_name(cell), tile(cell).tobytes()), cells))
-            yield from _compared(place, objects, proxy, cells, rounds=TINY_ROUNDS if tiny else ROUNDS)
+    with (
+        tempfile.TemporaryDirectory(prefix="him-cold-") as name,
+        _credentials(),
+        serve(Path(name) / "s3") as (server, proxy),
+    ):
+        cells = wanted(tiny=tiny)
+        place = _make(Path(name) / "memory", server.url("him", port=proxy.port), tiny=tiny)
+        objects = open_store(server.url("objects", port=proxy.port))
+        with ThreadPoolExecutor(COLD_FLIGHT_MAX) as pool:
+            list(pool.map(lambda cell: objects.put(_name(cell), tile(cell).tobytes()), cells))
+        yield from _compared(place, objects, proxy, cells, rounds=TINY_ROUNDS if tiny else ROUNDS)
 
 
 def wanted(*, tiny: bool) -> list[Cell]:
@@ -120,17 +124,20 @@ def _compared(place: Path, objects: ObjectStore, proxy: FaultProxy, cells: Seque
             if not np.array_equal(np.asarray(got).reshape(SIDE, SIDE), expected[cell]):
                 raise RuntimeError(f"{side}: wrong bytes in {cell}")
 
+    def peer() -> Sequence[object]:
+        with ThreadPoolExecutor(COLD_FLIGHT_MAX) as pool:
+            got = pool.map(lambda cell: objects.get(_name(cell), SIDE * SIDE), cells)
+            return [np.frombuffer(data, np.uint8) for data in got]
+
     for _ in range(rounds):
         with him.open(place) as repo:
+            read = partial(repo.snapshot("main").get_many, "noise", cells)
             repo.tier.demote()
-            with_pages = repo.snapshot("main")
-            measured("cold", lambda: with_pages.get_many("noise", cells))
+            measured("cold", read)
             repo.tier.demote()
-            measured("memory", lambda: repo.snapshot("main").get_many("noise", cells))
+            measured("memory", read)
             extents = _extents(repo, cells)
-        with ThreadPoolExecutor(COLD_FLIGHT_MAX) as pool:
-            measured("objects", lambda: [np.frombuffer(data, np.uint8) for data in pool.map(
-                lambda cell: objects.get(_name(cell), SIDE * SIDE), cells)])  # fmt: skip
+        measured("objects", peer)
     bandwidth = median(down["memory"]) / median(seconds["memory"])
     yield from _rows(seconds, gets, down, extents, bandwidth)
 
@@ -142,8 +149,9 @@ def _rows(
     gap = int(bandwidth * LATENCY_MS / 1000 / COLD_FLIGHT_MAX)
     best = optimum(extents, gap)
     for side, pages in (("cold", "pages in S3"), ("memory", "pages in memory")):
+        took, against = ([1000 * one for one in seconds[at]] for at in (side, "objects"))
         yield compared(
-            "cold", f"clustered tiles, {pages}", *([round(1000 * one, 2) for one in seconds[at]] for at in (side, "objects")),
+            "cold", f"clustered tiles, {pages}", took, against,
             "ms", of=THEIRS, goal=FASTER, gets=median(gets[side]), gets_against=median(gets["objects"]),
             mb=round(median(down[side]) / 1e6, 1), mb_against=round(median(down["objects"]) / 1e6, 1),
         )  # fmt: skip

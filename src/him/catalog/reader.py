@@ -73,6 +73,19 @@ class SnapshotReader:
                 self._store.leaves.put(place, leaf, leaf.size)
         return leaf
 
+    def _bring_pages(self, keys: Sequence[TileKey]) -> None:
+        """Have the pages on the way to level-0 keys here before they are read one by one."""
+        leaves: dict[tuple[str, str], dict[tuple[int, int], None]] = {}
+        for key in keys:
+            if key.level == 0:
+                place = key.y >> update.SIDE_BITS, key.x >> update.SIDE_BITS
+                leaves.setdefault((key.stream, key.frame), {})[place] = None
+        for (stream, name), places in leaves.items():
+            frame = self.frame(stream, name)
+            unread = [place for place in places if self._store.leaves.get((frame.root, *place)) is None]
+            if len(unread) > 1:
+                update.bring(self._store, self._store.bring, frame.root, frame.root_height, unread)
+
     def tile_id(self, key: TileKey) -> TileId:
         """Identity of a present tile. Raises NotFoundError."""
         entry = self.present(key)
@@ -94,6 +107,7 @@ class SnapshotReader:
 
     def tiles(self, keys: Sequence[TileKey]) -> list[Array | bytes]:
         """`tile` of each key, in the order asked for; level 0 is read in the order it lies in, on several threads."""
+        self._bring_pages(keys)
         entries = [self.present(key) for key in keys]
         stored = [at for at, key in enumerate(keys) if key.level == 0 or self._store.has(entries[at].blob_id)]
         found = dict(zip(stored, self._store.read_tiles([entries[at].blob_id for at in stored]), strict=True))

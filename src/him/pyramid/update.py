@@ -1,6 +1,6 @@
 """Reading and copy-on-write updating of one frame's pages: get, look up, scan, update, grow."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -62,6 +62,21 @@ def leaf_at(store: PageStore, root: bytes, height: int, row: int, column: int) -
             return None
         root = below
     return load(store, root, 0)
+
+
+def bring(
+    store: PageStore, have: Callable[[Sequence[bytes]], object], root: bytes, height: int, leaves: Sequence[Cell]
+) -> None:
+    """Call `have` with the pages on the way to pages of height 0 (row, column), a level at a time from the top."""
+    below = {leaf: root for leaf in leaves if root and not (leaf[0] | leaf[1]) >> (SIDE_BITS * height)}
+    for step in range(height, -1, -1):
+        have(list(dict.fromkeys(below.values())))
+        if step:
+            down, above, below = SIDE_BITS * (step - 1), below, {}
+            for (row, column), blob in above.items():
+                slot = (row >> down & PAGE_SIDE - 1) << SIDE_BITS | column >> down & PAGE_SIDE - 1
+                if (found := load(store, blob, step).get(slot)) is not None:
+                    below[row, column] = found
 
 
 def in_leaf(leaf: Page, row: int, column: int) -> Entry | None:

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -227,6 +227,13 @@ class WarmStore:
         values = self.spread(self.read_tile, order) if size >= BUFFER_FROM_BYTES else [*map(self.read_tile, order)]
         found = dict(zip(order, values, strict=True))
         return [found[blob] for blob in blobs]
+
+    def bring(self, pages: Sequence[bytes]) -> None:
+        """Have pages on this disk that are not in memory, together; what is missing is for their reader to say."""
+        if self._mirror is not None:
+            with suppress(IntegrityError):
+                unread = (page for page in pages if self._parsed.get(page) is None and self._pages.get(page) is None)
+                self._mirror.ahead(self.places(map(BlobId, unread)))
 
     @contextmanager
     def view(self, blob: BlobId) -> Generator[Values]:
