@@ -75,6 +75,8 @@ class SnapshotReader:
 
     def _bring_pages(self, keys: Sequence[TileKey]) -> None:
         """Have the pages on the way to level-0 keys here before they are read one by one."""
+        if not self._store.tiered:
+            return
         leaves: dict[tuple[str, str], dict[tuple[int, int], None]] = {}
         for key in keys:
             if key.level == 0:

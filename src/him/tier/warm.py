@@ -228,6 +228,11 @@ class WarmStore:
         found = dict(zip(order, values, strict=True))
         return [found[blob] for blob in blobs]
 
+    @property
+    def tiered(self) -> bool:
+        """Whether what it reads may have to be fetched from a cold tier."""
+        return self._mirror is not None
+
     def bring(self, pages: Sequence[bytes]) -> None:
         """Have pages on this disk that are not in memory, together; what is missing is for their reader to say."""
         if self._mirror is not None:
