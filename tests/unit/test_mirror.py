@@ -2,7 +2,8 @@
 
 import random
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
 from him.config import EXTENT_BYTES
 from him.errors import IntegrityError, StorageError, UnavailableError
-from him.tier.mirror import Mirror
+from him.tier.mirror import Mirror, receipts
 from him.tier.warm import WarmStore
 from him.types import TileKey
 
@@ -107,6 +108,104 @@ def test_what_is_freed_comes_back(tiered: Tiered) -> None:
     requests = len(tiered.cold.requests)
     everything_is_right(tiered)
     assert len(tiered.cold.requests) == requests, "what was fetched is here"
+
+
+def test_a_small_gap_is_fetched_with_what_lies_around_it(tiered: Tiered, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiered.mirror.push_all()
+    name = min(path for path in tiered.cold.objects if path.startswith("packs/"))
+    data, size = tiered.cold.objects[name], EXTENT_BYTES
+
+    def places(*extents: int) -> list[tuple[str, int, int]]:
+        return [(name, at * size, size) for at in extents]
+
+    def asked(*extents: int) -> list[tuple[int, int]]:
+        before, freed = len(tiered.cold.requests), tiered.mirror.demote()
+        assert freed >= 0 and tiered.mirror.ahead(places(*extents))
+        return sorted((offset // size, length // size) for _, offset, length in tiered.cold.requests[before:])
+
+    monkeypatch.setattr("him.tier.mirror.COLD_GAP_BYTES", 2 * size)
+    monkeypatch.setattr("him.tier.mirror.COLD_PART_BYTES", 6 * size)
+    assert asked(0, 1, 4) == [(0, 5)], "a gap of two"
+    held = tiered.used()
+    assert asked(0, 4) == [(0, 1), (4, 1)], "a gap of three"
+    assert asked(0, 3, 6) == [(0, 4), (6, 1)], "no more than a part"
+    assert asked(0, 1, 4) == [(0, 5)]
+    assert tiered.used() == held, "the gap itself is not kept"
+    # What is here already stays as it is, though fetched once more.
+    assert asked(2) == [(2, 1)]
+    with (tiered.folder / name).open("r+b") as file:
+        file.seek(2 * size)
+        file.write(b"here")
+    assert tiered.mirror.ahead(places(1, 3))
+    assert tiered.cold.requests[-1] == (name, size, 3 * size)
+    found = (tiered.folder / name).read_bytes()
+    assert found[2 * size : 2 * size + 4] == b"here"
+    assert (found[size : 2 * size], found[3 * size : 4 * size]) == (data[size : 2 * size], data[3 * size : 4 * size])
+
+
+def test_several_packs_are_asked_at_once(tiered: Tiered) -> None:
+    tiered.mirror.push_all()
+    tiered.mirror.demote()
+    packs = sorted(path for path in tiered.cold.objects if path.startswith("packs/"))
+    assert len(packs) == 2
+    together, answer = threading.Barrier(2, timeout=30), tiered.cold.get_ranges
+
+    def meet(name: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        together.wait()
+        return answer(name, ranges)
+
+    tiered.cold.get_ranges = meet  # type: ignore[method-assign]
+    assert tiered.mirror.ahead([(name, 0, EXTENT_BYTES) for name in packs])
+    tiered.cold.get_ranges = answer  # type: ignore[method-assign]
+    everything_is_right(tiered)
+
+
+def test_pages_of_many_tiles_come_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("him.tier.warm.PACK_TARGET_BYTES", MIB)
+    tiered = Tiered(tmp_path / "r")
+    for page in range(4):
+        tiered.put(range(8 * page, 8 * page + 4))
+    assert tiered.mirror.push_all() == 4
+    tiered.mirror.demote()
+    tiered.close()
+    tiered.open()
+    batches: list[set[str]] = []
+    ahead = tiered.mirror.ahead
+
+    def noted(places: Iterable[tuple[str, int, int]]) -> bool:
+        found = list(places)
+        batches.append({name for name, _, _ in found})
+        return ahead(found)
+
+    monkeypatch.setattr(tiered.mirror, "ahead", noted)
+    numbers = [8 * page + at for page in range(4) for at in range(4)]
+    found = tiered.stack.at("main").tiles([key(number) for number in numbers])
+    for number, values in zip(numbers, found, strict=True):
+        assert np.array_equal(np.asarray(values), tile(number))
+    assert [len(packs) for packs in batches] == [1, 4, 4], "the root, the pages below it, the tiles"
+
+
+def test_what_came_before_a_failure_can_be_freed(tiered: Tiered) -> None:
+    tiered.mirror.push_all()
+    tiered.mirror.demote()
+    packs, answer = [path for path in tiered.cold.objects if path.startswith("packs/")], tiered.cold.get_ranges
+    first, last = sorted(packs, key=[one.pack for one in receipts(tiered.disk)].index)
+
+    def half(name: str, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
+        if name == last:
+            raise UnavailableError("the store answers 503", place=name)
+        return answer(name, ranges)
+
+    held = tiered.used()
+    tiered.cold.get_ranges = half  # type: ignore[method-assign]
+    with pytest.raises(UnavailableError):
+        tiered.mirror.ahead([(name, 0, EXTENT_BYTES) for name in (first, last)])
+    tiered.cold.get_ranges = answer  # type: ignore[method-assign]
+    assert tiered.used() == held + EXTENT_BYTES
+    assert int.from_bytes((tiered.folder / "cold" / "account").read_bytes()[:8], "little") == held + EXTENT_BYTES
+    assert tiered.mirror.demote() >= EXTENT_BYTES
+    assert tiered.used() == held
+    everything_is_right(tiered)
 
 
 def test_nothing_is_freed_that_the_cold_tier_does_not_hold(tiered: Tiered) -> None:
