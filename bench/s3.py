@@ -23,6 +23,7 @@ ACCESS_KEY = "loopback"
 SECRET_KEY = "only-for-this-process"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY}
 READY_SECONDS = 60
+_CHUNK = 1 << 20
 _SERVICES = ("master", "volume", "filer", "s3", "admin")
 # Dies with its parent, also when that is killed.
 _LAUNCHER = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
@@ -206,7 +207,7 @@ class FaultProxy:
 
     async def _listen(self) -> None:
         if self._server is None:
-            self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=1 << 20)
+            self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=_CHUNK)
 
     async def _refuse(self) -> None:
         if self._server is not None:
@@ -230,7 +231,7 @@ class FaultProxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """The requests of one connection, one after the other; the server's own connection lives as long."""
-        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._upstream, limit=1 << 20)
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._upstream, limit=_CHUNK)
         try:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -276,28 +277,35 @@ class FaultProxy:
         if reply.startswith(b"HTTP/1.1 100"):
             reply = await server_reader.readuntil(b"\r\n\r\n")
         whole = method == "HEAD" or reply[9:12] in (b"204", b"304")
-        parts = [] if whole else [part async for part in _body(reply, server_reader)]
-        size = sum(map(len, parts))
-        if faults.lost_replies and faults.lost_method in ("", method):
-            faults.lost_replies -= 1
-            counts.lost += 1
-            return False
-        counts.bytes_down += size
-        if faults.cut_bodies and size > 1:
-            faults.cut_bodies -= 1
-            writer.write(reply + b"".join(parts)[: size // 2])
+        # Taken before the body is awaited, during which other replies may ask.
+        lost = faults.lost_replies > 0 and faults.lost_method in ("", method)
+        cut = not lost and not whole and faults.cut_bodies > 0
+        faults.lost_replies -= lost
+        faults.cut_bodies -= cut
+        if not lost and not cut:
+            # As it comes: a link delays bytes, it does not gather them.
+            writer.write(reply)
+            async for part in _body(reply, server_reader, none=whole):
+                counts.bytes_down += len(part)
+                writer.write(part)
+                await writer.drain()
+            await writer.drain()
+            return True
+        parts = [part async for part in _body(reply, server_reader, none=whole)]
+        counts.lost += lost
+        if cut:
+            sent = b"".join(parts)
+            counts.bytes_down += len(sent)
+            writer.write(reply + sent[: len(sent) // 2])
             await writer.drain()
             writer.close()
             await writer.wait_closed()
-            return False
-        writer.writelines([reply, *parts])
-        await writer.drain()
-        return True
+        return False
 
 
-async def _body(head: bytes, reader: asyncio.StreamReader):
-    """The bytes after a head, as they are on the wire."""
-    fields = head.lower()
+async def _body(head: bytes, reader: asyncio.StreamReader, *, none: bool = False):
+    """The bytes after a head, as they are on the wire; none for a reply that has a length but no body."""
+    fields = b"" if none else head.lower()
     if b"\r\ntransfer-encoding: chunked" in fields:
         while True:
             line = await reader.readuntil(b"\r\n")
@@ -307,7 +315,13 @@ async def _body(head: bytes, reader: asyncio.StreamReader):
             if not size:
                 return
     if b"\r\ncontent-length:" in fields:
-        yield await reader.readexactly(int(fields.split(b"\r\ncontent-length:", 1)[1].split(b"\r\n", 1)[0]))
+        left = int(fields.split(b"\r\ncontent-length:", 1)[1].split(b"\r\n", 1)[0])
+        while left:
+            part = await reader.read(min(left, _CHUNK))
+            if not part:
+                raise asyncio.IncompleteReadError(b"", left)
+            left -= len(part)
+            yield part
 
 
 @contextlib.contextmanager
