@@ -62,6 +62,7 @@ class Blob(msgspec.Struct, frozen=True):
     codec: int
     meta: bytes
     stored: memoryview
+    raw_size: int
     origin: bytes
     delta_base: BlobId
     delta_depth: int
@@ -352,6 +353,22 @@ class WarmStore:
     def put_pages(self, kind: int, payloads: Sequence[bytes]) -> list[BlobId]:
         """Store the pages that are not there yet; their hashes in order."""
         return self._put_pages(kind, payloads, b"")
+
+    def draft(self, blob: BlobId) -> Draft:
+        """The record of a blob as it is stored, verified: for another pack, or another repository that has its base.
+
+        Raises:
+            IntegrityError: missing or damaged.
+        """
+        found = self.read(blob)
+        return Draft(
+            found.kind, found.codec, blob, found.meta, found.stored, found.raw_size, found.origin, found.delta_base,
+            found.delta_depth,
+        )  # fmt: skip
+
+    def put_drafts(self, drafts: Sequence[Draft]) -> int:
+        """Append records as they are unless their blobs are there; how many. What they are made of comes first."""
+        return self._put(drafts)
 
     @property
     def writing(self) -> bool:
@@ -815,4 +832,6 @@ def _checked(record: layout.Record, place: str) -> Blob:
     if any(header.key_id):
         raise IntegrityError("the record needs a feature this version lacks", object=header.blob_id.hex(), place=place)
     base = BlobId(header.delta_base)
-    return Blob(header.kind, header.codec, record.meta, record.stored, header.origin, base, header.delta_depth)
+    return Blob(
+        header.kind, header.codec, record.meta, record.stored, header.raw_size, header.origin, base, header.delta_depth
+    )
