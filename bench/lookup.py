@@ -83,7 +83,7 @@ def _build(place: Path, side: int) -> NDArray[np.uint8]:
             raw = np.zeros((high * side, 48), dtype=np.uint8)
             raw[:, :32] = blobs[top * side : (top + high) * side]
             cells = Cells(rows, columns, raw, np.ones(len(raw), dtype=np.bool_))
-            repo._history.commit(handle.id, [FrameChange(shape, cells)], epoch=repo._store.epoch)
+            repo._history.commit(handle.id, [FrameChange(shape, cells)], begun=repo._history.begin())
         repo._store.has(him.types.BlobId(bytes(32)))
         repo._store._addresses.flush(above=0)
         # A record without blobs, so that the rows have a place in the log of their own.
@@ -206,7 +206,7 @@ def _frames(*counts: int) -> Iterator[Row]:
             for first in range(0, count, 10_000):
                 names = (f"frame {number:06d}" for number in range(first, min(count, first + 10_000)))
                 changes = [FrameChange(msgspec.structs.replace(model, name=name), {(0, 0): blob}) for name in names]
-                repo._history.commit(handle.id, changes, epoch=repo._store.epoch)
+                repo._history.commit(handle.id, changes, begun=repo._history.begin())
             handle = repo.writable("main")
             commits.append(_best(lambda n, h=handle, t=tile: h.put("tiles", t + np.uint8(n + 1), frame="one"), 20))
             began = time.perf_counter()

@@ -224,7 +224,9 @@ class Repository:
         self._mirror = _mirror(path, self._disk, clock, cold, read_only=self.read_only)
         self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(self._repository_id), self._mirror)
         writer = f"{platform.node()}:{os.getpid()}"
-        self._history = History(self._log, self._projection, self._store, self._memo, clock, rng, writer)
+        self._history = History(
+            self._log, self._projection, self._store, self._memo, clock, rng, writer, read_only=self.read_only
+        )
         self._history.refresh()
         if self._mirror is not None:
             self._mirror.watch(self._history.finished_packs, self._log.published)
@@ -247,6 +249,7 @@ class Repository:
         self._store.close()
         if self._mirror is not None:
             self._mirror.close()
+        self._history.leases.close()
         self._log.close()
         self._projection.close()
         self._memo.close()

@@ -207,7 +207,7 @@ class Ingest:
             return IngestReport(snapshot, "screen", frame, 0, len(tiles), 0, elements, ms)
         seen = see(pixels, self._reader, self._memo, tree, progress)
         opened = self._history.writable(target)
-        origin, epoch, before = snapshot_bytes(opened.snapshot_id), self._store.epoch, self._store.written_bytes
+        origin, begun, before = snapshot_bytes(opened.snapshot_id), self._history.begin(), self._store.written_bytes
         before_it = self._replaced(opened, "screen", frame, tiles)
         written = self._store.put_tiles(list(tiles.values()), origin, [before_it.get(cell) for cell in tiles])
         scene = msgspec.structs.replace(
@@ -221,7 +221,7 @@ class Ingest:
             ),
             *self._scene_changes(opened, frame, scene),
         ]
-        after = self._history.commit(opened.snapshot_id, changes, epoch=epoch)
+        after = self._history.commit(opened.snapshot_id, changes, begun=begun)
         return IngestReport(
             after.snapshot_id, "screen", frame, written, len(tiles) - written,
             self._store.written_bytes - before, len(scene.nodes), (self._clock.monotonic_ns() - began) / 1e6,
@@ -255,7 +255,7 @@ class Ingest:
         # Before the branch may be created: what is refused leaves nothing.
         shape = msgspec.structs.replace(_frame(spec, frame, plane.shape, plane.dtype), attributes=plane.attributes)
         snapshot = self._history.writable(target)
-        epoch, before = self._store.epoch, self._store.written_bytes
+        begun, before = self._history.begin(), self._store.written_bytes
         put = self._put_tiles(snapshot, frame, plane, spec, progress)
         changes = [FrameChange(shape, put.cells, replace=True)]
         if stream == "screen":
@@ -265,7 +265,7 @@ class Ingest:
             ]
         if beside is not None:
             changes += self._beside_changes(snapshot, beside(put.cells))
-        after = self._history.commit(snapshot.snapshot_id, changes, epoch=epoch)
+        after = self._history.commit(snapshot.snapshot_id, changes, begun=begun)
         return IngestReport(
             after.snapshot_id, stream, frame, put.written, len(put.cells) - put.written,
             self._store.written_bytes - before, 0, (self._clock.monotonic_ns() - began) / 1e6, note=note,
@@ -288,7 +288,7 @@ class Ingest:
             shape = self._existing(self._history.snapshot(target), stream, frame)
         # Only now may the branch be created: what is refused leaves nothing.
         snapshot = self._history.writable(target)
-        origin, epoch = snapshot_bytes(snapshot.snapshot_id), self._store.epoch
+        origin, begun = snapshot_bytes(snapshot.snapshot_id), self._history.begin()
         put: dict[tuple[int, int], BlobId | None] = dict.fromkeys(cells)
         before = self._replaced(snapshot, stream, frame, given)
 
@@ -299,7 +299,7 @@ class Ingest:
         for batch in self._store.ahead(prepared, _parts_of(given.items())):
             self._store.put_prepared([tile for _, tile in batch])
             put.update((cell, tile.blob_id) for cell, tile in batch)
-        return self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put)], epoch=epoch)
+        return self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put)], begun=begun)
 
     def delta(self, target: str, stream: str, frame: str, cell: tuple[int, int], change: ClientDelta) -> Snapshot:
         """Put the tile that a client's delta makes of the one in its cell; how it is stored is decided anew.
@@ -321,11 +321,11 @@ class Ingest:
         spec = self._history.stream(stream)
         _check_value(spec, value)
         opened = self._history.writable(target)
-        epoch = self._store.epoch
+        begun = self._history.begin()
         shape = _cell_frame(spec, frame, *cell, *_shape_of(value))
         replaced = self._replaced(opened, stream, frame, [cell])
         self._store.put_tiles([tile], snapshot_bytes(opened.snapshot_id), [replaced.get(cell)])
-        return self._history.commit(opened.snapshot_id, [FrameChange(shape, {cell: tile.blob_id})], epoch=epoch)
+        return self._history.commit(opened.snapshot_id, [FrameChange(shape, {cell: tile.blob_id})], begun=begun)
 
     def make_delta(
         self, target: str, stream: str, frame: str, cell: tuple[int, int], value: Array | bytes
@@ -352,12 +352,12 @@ class Ingest:
             raise UsageError(f"a row is not JSON: {error}", fix="rows are dicts of plain values") from error
         snapshot = self._history.writable(target)
         frame = checked_name(f"{snapshot.snapshot_id}.{writer}", what="frame")
-        epoch = self._store.epoch
+        begun = self._history.begin()
         encoded = codec.encode_bytes(b"\n".join(lines) + b"\n")
         self._store.put_tile(encoded, snapshot_bytes(snapshot.snapshot_id))
         shape = _cell_frame(spec, frame, 0, 0, (0, 1), "bytes")
         change = FrameChange(shape, {}, append=(encoded.blob_id,))
-        return self._history.commit(snapshot.snapshot_id, [change], epoch=epoch), frame
+        return self._history.commit(snapshot.snapshot_id, [change], begun=begun), frame
 
     # -- inner
 

@@ -255,6 +255,18 @@ class Projection(Protocol):
         """
         ...
 
+    def released(self, since: int) -> list[tuple[str, int, int]]:
+        """(name, condemned, removed) of packs that a record after `since` condemned or removed; 0 where none did."""
+        ...
+
+    def retention(self) -> dict[tuple[str, str], int]:
+        """(stream, task or "") → seconds its tiles are kept; 0 for ever."""
+        ...
+
+    def expired(self) -> dict[tuple[str, str], int]:
+        """(stream, snapshot id or "" for any) → tiles written by snapshots opened before (ns) are let go."""
+        ...
+
     def lamport(self) -> int:
         """The highest Lamport time seen."""
         ...

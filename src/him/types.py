@@ -326,6 +326,45 @@ class StreamDeclared(msgspec.Struct, frozen=True, array_like=True, tag="stream")
     spec: StreamSpec
 
 
+class PackCondemned(msgspec.Struct, frozen=True, array_like=True, tag="condemned"):
+    """A pack that will be removed: from this record on no commit may rely on what it holds.
+
+    What is still referred to was copied to other packs, in this record's or earlier ranges.
+    """
+
+    pack: str
+
+
+class PackRemoved(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
+    """Nobody reads a condemned pack any more; its file goes. Its number is not given to another."""
+
+    pack: str
+
+
+class RetentionSet(msgspec.Struct, frozen=True, array_like=True, tag="retention"):
+    """How long a stream's tiles are kept: those of snapshots whose attribute `task` is `task`, or ("") all others.
+
+    `ttl_s` 0 keeps for ever; a negative one takes the rule back.
+    """
+
+    stream: str
+    task: str
+    ttl_s: int
+
+
+class TilesExpired(msgspec.Struct, frozen=True, array_like=True, tag="expired"):
+    """Tiles of a stream that retention lets go: those a snapshot opened before a time wrote (ns), or these snapshots.
+
+    Directories that name them stay what they are. `signature` and `key_id` are empty while expiry is unsigned.
+    """
+
+    stream: str
+    before_ns: int
+    origins: tuple[SnapshotId, ...] = ()
+    key_id: bytes = b""
+    signature: bytes = b""
+
+
 Operation = (
     SnapshotOpened
     | Batch
@@ -336,6 +375,10 @@ Operation = (
     | AttributeSet
     | SnapshotDropped
     | StreamDeclared
+    | PackCondemned
+    | PackRemoved
+    | RetentionSet
+    | TilesExpired
 )
 
 
@@ -351,20 +394,24 @@ class PackState(msgspec.Struct, frozen=True, array_like=True):
     """What the log says of a pack.
 
     `seq` is the record that last added to it; `ranges` are [seq, range] in order while it grows. Once it is finished
-    its footer lists what they held, and they are dropped.
+    its footer lists what they held, and they are dropped. `condemned` and `removed` are the records that said so (0:
+    none did).
     """
 
     name: str
     seq: int
     ranges: tuple[tuple[int, PackRange], ...] = ()
     finished: PackFinished | None = None
+    condemned: int = 0
+    removed: int = 0
 
 
 class LiveState(msgspec.Struct, frozen=True, array_like=True):
     """All that the log's records up to `seq` leave standing; the body of a checkpoint.
 
     `snapshots` are [seq of the record that opened it, snapshot with its tags], oldest first; `refs` [name, kind,
-    snapshot id] and `streams` by name; `packs` in the order of their first appearance, which numbers them.
+    snapshot id] and `streams` by name; `packs` in the order of their first appearance, which numbers them; `retention`
+    [stream, task, seconds] and `expired` [stream, snapshot id or "", ns] sorted.
     """
 
     seq: int = 0
@@ -374,6 +421,8 @@ class LiveState(msgspec.Struct, frozen=True, array_like=True):
     refs: tuple[tuple[str, str, str], ...] = ()
     streams: tuple[StreamSpec, ...] = ()
     packs: tuple[PackState, ...] = ()
+    retention: tuple[tuple[str, str, int], ...] = ()
+    expired: tuple[tuple[str, str, int], ...] = ()
 
 
 class TileMeta(msgspec.Struct, frozen=True):

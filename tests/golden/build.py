@@ -250,7 +250,7 @@ class Build:
         frame, parts = work.frames("skills")[0], work.parts
         cells = {(0, 0): BlobId(bytes.fromhex(meta.checksum))}
         changes = [FrameChange(msgspec.structs.replace(frame, name=f"skill {number}"), cells) for number in numbers]
-        parts.history.commit(work.id, changes, epoch=parts.store.epoch)
+        parts.history.commit(work.id, changes, begun=parts.history.begin())
 
     def names(self) -> None:
         self.repo.tag("v1", "documents")

@@ -273,13 +273,13 @@ def test_sealing_twice_is_no_change(stack: Stack) -> None:
 
 
 def test_a_batch_prepared_before_sealing_is_refused(stack: Stack) -> None:
-    opened, epoch = stack.history.writable("main"), stack.store.epoch
+    opened, begun = stack.history.writable("main"), stack.history.begin()
     tile = encode_bytes(b"late")
     stack.store.put_tile(tile, bytes(16))
     stack.history.seal("main")
     shape = Frame("skills", "s", "bytes", 1, 1, 0, "bytes", 1, 1, 0, "none", b"", 0)
     with pytest.raises(SealedError):
-        stack.history.commit(opened.snapshot_id, [FrameChange(shape, {(0, 0): tile.blob_id})], epoch=epoch)
+        stack.history.commit(opened.snapshot_id, [FrameChange(shape, {(0, 0): tile.blob_id})], begun=begun)
     assert stack.fsck().ok
 
 
@@ -461,10 +461,14 @@ def test_a_batch_that_may_not_be_committed_fails_alone(begun: Stack) -> None:
 
     def stale() -> None:
         begun.store.put_tile(late, bytes(16))
-        begun.history.commit(opened, [FrameChange(shape, {(0, 0): late.blob_id})], epoch=begun.store.epoch - 1)
+        begun.history.commit(
+            opened, [FrameChange(shape, {(0, 0): late.blob_id})], begun=begun.history.begin()._replace(epoch=-1)
+        )
 
     def sealed() -> None:
-        begun.history.commit(gone.snapshot_id, [FrameChange(shape, {(0, 0): late.blob_id})], epoch=begun.store.epoch)
+        begun.history.commit(
+            gone.snapshot_id, [FrameChange(shape, {(0, 0): late.blob_id})], begun=begun.history.begin()
+        )
 
     begun.history.writable("old")
     gone = begun.history.seal("old")
@@ -603,7 +607,7 @@ def test_a_pack_is_not_finished_on_a_projection_that_lacks_a_range(
 def test_a_pack_is_finished_though_others_have_appended_to_it(begun: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("him.tier.warm.PACK_RANGES_MAX", 1)
     pending = encode_bytes(b"put by another thread, not committed yet")
-    epoch = begun.store.epoch
+    batch = begun.history.begin()
     real = begun.store.committed
 
     def committed() -> None:
@@ -616,7 +620,7 @@ def test_a_pack_is_finished_though_others_have_appended_to_it(begun: Stack, monk
     assert len(finished_packs(begun.projection)) == 1
     shape = Frame("skills", "s", "bytes", 1, 1, 0, "bytes", 1, 1, 0, "none", b"", 0)
     opened = begun.history.snapshot("main").snapshot_id
-    begun.history.commit(opened, [FrameChange(shape, {(0, 0): pending.blob_id})], epoch=epoch)
+    begun.history.commit(opened, [FrameChange(shape, {(0, 0): pending.blob_id})], begun=batch)
     other = Stack(begun.disk.copy())
     assert other.at("main").document("skills", "s").startswith(b"put by another")
     assert other.fsck().ok

@@ -17,23 +17,27 @@ from him.types import (
     CommitRecord,
     LiveState,
     Operation,
+    PackCondemned,
     PackFinished,
     PackRange,
+    PackRemoved,
     PackState,
     RefSet,
+    RetentionSet,
     Sealed,
     Snapshot,
     SnapshotDropped,
     SnapshotOpened,
     StreamDeclared,
     StreamSpec,
+    TilesExpired,
 )
 
 _Result = TypeVar("_Result")
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 _FIX: Final = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
-_SCHEMA_VERSION: Final = 3
+_SCHEMA_VERSION: Final = 4
 _BUSY_TIMEOUT_S: Final = 60.0
 _DIGEST: Final = 16
 _CHECKED_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -48,15 +52,21 @@ CREATE TABLE attributes (snapshot TEXT NOT NULL, key TEXT NOT NULL, value TEXT N
     WITHOUT ROWID;
 CREATE TABLE refs (name TEXT PRIMARY KEY, kind TEXT NOT NULL, snapshot TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE streams (name TEXT PRIMARY KEY, body BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE packs (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, seq INTEGER NOT NULL, finished BLOB);
+CREATE TABLE packs (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, seq INTEGER NOT NULL, finished BLOB,
+    condemned INTEGER NOT NULL DEFAULT 0, removed INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX packs_by_seq ON packs (seq);
+CREATE INDEX packs_released ON packs (max(condemned, removed)) WHERE condemned > 0;
+CREATE TABLE retention (stream TEXT NOT NULL, task TEXT NOT NULL, ttl_s INTEGER NOT NULL, PRIMARY KEY (stream, task))
+    WITHOUT ROWID;
+CREATE TABLE expired (stream TEXT NOT NULL, origin TEXT NOT NULL, before_ns INTEGER NOT NULL,
+    PRIMARY KEY (stream, origin)) WITHOUT ROWID;
 CREATE TABLE ranges (pack INTEGER NOT NULL, start INTEGER NOT NULL, seq INTEGER NOT NULL, body BLOB NOT NULL,
     PRIMARY KEY (pack, start)) WITHOUT ROWID;
 CREATE INDEX ranges_by_seq ON ranges (seq);
 INSERT INTO position VALUES (1, 0, zeroblob(32), 0);
 """
 
-_TABLES: Final = ("snapshots", "attributes", "refs", "streams", "packs", "ranges")
+_TABLES: Final = ("snapshots", "attributes", "refs", "streams", "packs", "ranges", "retention", "expired")
 _APPLIED_AT_ONCE: Final = 1_000
 """Records a transaction: an old log is not read into memory whole."""
 
@@ -200,6 +210,21 @@ class SqliteProjection:
         )
         return [(seq, _decode(body, PackFinished if done else PackRange)) for seq, _, body, done in rows]
 
+    def released(self, since: int) -> list[tuple[str, int, int]]:
+        """(name, condemned, removed): packs that a record after `since` condemned or removed."""
+        question = "SELECT name, condemned, removed FROM packs WHERE condemned > 0 AND max(condemned, removed) > ?"
+        return self._rows(question + " ORDER BY number", since)  # pyright: ignore[reportReturnType] - rows are untyped
+
+    def retention(self) -> dict[tuple[str, str], int]:
+        """(stream, task) → seconds."""
+        rows = self._rows("SELECT stream, task, ttl_s FROM retention ORDER BY stream, task")
+        return {(stream, task): ttl_s for stream, task, ttl_s in rows}
+
+    def expired(self) -> dict[tuple[str, str], int]:
+        """(stream, snapshot id or "") → ns."""
+        rows = self._rows("SELECT stream, origin, before_ns FROM expired ORDER BY stream, origin")
+        return {(stream, origin): before for stream, origin, before in rows}
+
     def lamport(self) -> int:
         """The highest Lamport time seen."""
         return int(self._rows("SELECT lamport FROM position")[0][0])
@@ -258,9 +283,12 @@ class SqliteProjection:
         many("INSERT INTO streams VALUES (?, ?)", [(spec.name, _encode(spec)) for spec in state.streams])
         for number, pack in enumerate(state.packs):
             finished = None if pack.finished is None else _encode(pack.finished)
-            run("INSERT INTO packs VALUES (?, ?, ?, ?)", (number, pack.name, pack.seq, finished))
+            row = (number, pack.name, pack.seq, finished, pack.condemned, pack.removed)
+            run("INSERT INTO packs VALUES (?, ?, ?, ?, ?, ?)", row)
             ranges = [(number, named.start, seq, _encode(named)) for seq, named in pack.ranges]
             many("INSERT INTO ranges VALUES (?, ?, ?, ?)", ranges)
+        many("INSERT INTO retention VALUES (?, ?, ?)", state.retention)
+        many("INSERT INTO expired VALUES (?, ?, ?)", state.expired)
         run("UPDATE position SET seq = ?, hash = ?, lamport = ?", (state.seq, state.hash, state.lamport))
         return True
 
@@ -277,14 +305,21 @@ class SqliteProjection:
             ranges.setdefault(number, []).append((seq, _decode(body, PackRange)))
         packs = [
             PackState(
-                name, seq, tuple(ranges.get(number, ())), None if finished is None else _decode(finished, PackFinished)
+                name,
+                seq,
+                tuple(ranges.get(number, ())),
+                None if finished is None else _decode(finished, PackFinished),
+                condemned,
+                removed,
             )
-            for number, name, seq, finished in self._rows("SELECT * FROM packs ORDER BY number")
+            for number, name, seq, finished, condemned, removed in self._rows("SELECT * FROM packs ORDER BY number")
         ]
         refs = tuple((name, kind, target) for name, (kind, target) in self.refs().items())
         ((seq, digest, lamport),) = self._rows("SELECT seq, hash, lamport FROM position")
         return LiveState(
-            seq, digest, lamport, tuple(snapshots), refs, tuple(self.streams().values()), tuple(packs)
+            seq, digest, lamport, tuple(snapshots), refs, tuple(self.streams().values()), tuple(packs),
+            tuple((*rule, ttl_s) for rule, ttl_s in self.retention().items()),
+            tuple((*what, before) for what, before in self.expired().items()),
         )  # fmt: skip
 
     def _with_tags(self, body: bytes) -> Snapshot:
@@ -341,11 +376,37 @@ class SqliteProjection:
                 run("DELETE FROM attributes WHERE snapshot = ?", (operation.snapshot_id,))
             case StreamDeclared():
                 run("INSERT OR REPLACE INTO streams VALUES (?, ?)", (operation.spec.name, _encode(operation.spec)))
+            case PackCondemned() | PackRemoved() | RetentionSet() | TilesExpired():
+                self._release(seq, operation)
+
+    def _release(self, seq: int, operation: PackCondemned | PackRemoved | RetentionSet | TilesExpired) -> None:
+        run = self._db.execute
+        match operation:
+            case PackCondemned():
+                run("UPDATE packs SET condemned = ? WHERE name = ?", (seq, operation.pack))
+            case PackRemoved():
+                # Its name stays, for packs are numbered by rank.
+                run("UPDATE packs SET removed = ?, finished = NULL WHERE name = ?", (seq, operation.pack))
+                run("DELETE FROM ranges WHERE pack = (SELECT number FROM packs WHERE name = ?)", (operation.pack,))
+            case RetentionSet(ttl_s=ttl_s) if ttl_s < 0:
+                run("DELETE FROM retention WHERE stream = ? AND task = ?", (operation.stream, operation.task))
+            case RetentionSet():
+                run(
+                    "INSERT OR REPLACE INTO retention VALUES (?, ?, ?)",
+                    (operation.stream, operation.task, operation.ttl_s),
+                )
+            case TilesExpired():
+                rows = [(operation.stream, str(origin), operation.before_ns) for origin in operation.origins or ("",)]
+                self._db.executemany(
+                    "INSERT INTO expired VALUES (?, ?, ?) ON CONFLICT DO UPDATE"
+                    " SET before_ns = max(before_ns, excluded.before_ns)",
+                    rows,
+                )
 
     def _pack(self, name: str, seq: int) -> int:
         """The pack's number, its rank by first appearance."""
         self._db.execute(
-            "INSERT OR IGNORE INTO packs SELECT coalesce(max(number) + 1, 0), ?, ?, NULL FROM packs", (name, seq)
+            "INSERT OR IGNORE INTO packs SELECT coalesce(max(number) + 1, 0), ?, ?, NULL, 0, 0 FROM packs", (name, seq)
         )
         ((number,),) = self._rows("SELECT number FROM packs WHERE name = ?", name)
         return int(number)

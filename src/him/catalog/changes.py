@@ -1,6 +1,6 @@
 """What a batch changes in a snapshot's directory: pure over pages, the same result in whatever order."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 import numpy as np
@@ -46,6 +46,17 @@ def apply(store: PagesStore, root: bytes, base: bytes, origin: bytes, changes: I
         current = result[key] if key in result else directory.find(store, root, key)
         result[key] = _changed(store, current, directory.find(store, base, key), origin, change)
     return directory.update(store, root, result)
+
+
+def blobs(changes: Iterable[FrameChange]) -> Iterator[BlobId]:
+    """The tiles that changes put."""
+    for change in changes:
+        yield from change.append
+        if isinstance(change.cells, Cells):
+            raw = change.cells.raw[change.cells.present, :32]
+            yield from (BlobId(row.tobytes()) for row in raw)
+        else:
+            yield from (blob for blob in change.cells.values() if blob is not None)
 
 
 def _changed(

@@ -23,16 +23,20 @@ from him.types import (
     CommitRecord,
     LiveState,
     Operation,
+    PackCondemned,
     PackFinished,
     PackRange,
+    PackRemoved,
     PackState,
     RefSet,
+    RetentionSet,
     Sealed,
     SnapshotDropped,
     SnapshotId,
     SnapshotOpened,
     StreamDeclared,
     StreamSpec,
+    TilesExpired,
 )
 
 _MAGIC: Final = b"HIMCKPT\x01"
@@ -57,6 +61,10 @@ class _Pack:
         self.seq = state.seq
         self.ranges = list(state.ranges)
         self.finished = state.finished
+        self.condemned, self.removed = state.condemned, state.removed
+
+    def state(self, name: str) -> PackState:
+        return PackState(name, self.seq, tuple(self.ranges), self.finished, self.condemned, self.removed)
 
 
 class Fold:
@@ -68,6 +76,8 @@ class Fold:
         self._refs = {name: (kind, target) for name, kind, target in start.refs}
         self._streams: dict[str, StreamSpec] = {spec.name: spec for spec in start.streams}
         self._packs = {pack.name: _Pack(pack) for pack in start.packs}
+        self._retention = {(stream, task): ttl_s for stream, task, ttl_s in start.retention}
+        self._expired = {(stream, origin): before for stream, origin, before in start.expired}
 
     def apply(self, records: Iterable[tuple[int, bytes, CommitRecord]]) -> None:
         """Take in records that follow in order."""
@@ -85,7 +95,9 @@ class Fold:
             tuple(sorted(self._snapshots.values(), key=lambda found: (found[0], found[1].snapshot_id))),
             tuple((name, *self._refs[name]) for name in sorted(self._refs)),
             tuple(self._streams[name] for name in sorted(self._streams)),
-            tuple(PackState(name, pack.seq, tuple(pack.ranges), pack.finished) for name, pack in self._packs.items()),
+            tuple(pack.state(name) for name, pack in self._packs.items()),
+            tuple((*rule, self._retention[rule]) for rule in sorted(self._retention)),
+            tuple((*what, self._expired[what]) for what in sorted(self._expired)),
         )
 
     def _apply(self, seq: int, operation: Operation) -> None:
@@ -116,6 +128,26 @@ class Fold:
                 pack = self._packs.setdefault(operation.pack, _Pack(PackState(operation.pack, seq)))
                 # Its footer has the rows of all its ranges.
                 pack.ranges, pack.finished = [], operation
+            case PackCondemned() | PackRemoved() | RetentionSet() | TilesExpired():
+                self._release(seq, operation)
+
+    def _release(self, seq: int, operation: PackCondemned | PackRemoved | RetentionSet | TilesExpired) -> None:
+        match operation:
+            case PackCondemned():
+                if (pack := self._packs.get(operation.pack)) is not None:
+                    pack.condemned = seq
+            case PackRemoved():
+                # Its name stays, for packs are numbered by rank.
+                if (pack := self._packs.get(operation.pack)) is not None:
+                    pack.removed, pack.ranges, pack.finished = seq, [], None
+            case RetentionSet(ttl_s=ttl_s) if ttl_s < 0:
+                self._retention.pop((operation.stream, operation.task), None)
+            case RetentionSet():
+                self._retention[operation.stream, operation.task] = operation.ttl_s
+            case TilesExpired():
+                for origin in operation.origins or ("",):
+                    what = (operation.stream, str(origin))
+                    self._expired[what] = max(operation.before_ns, self._expired.get(what, 0))
 
     def _change(self, snapshot_id: SnapshotId, **fields: object) -> None:
         found = self._snapshots.get(snapshot_id)

@@ -8,19 +8,31 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from him.catalog.changes import FrameChange
+from him.catalog.lease import Lease
 from him.errors import HimError
 from him.types import Snapshot, SnapshotId
+
+
+class Begun(NamedTuple):
+    """When a batch began: what it finds stored from then on can be relied on, or is looked at again."""
+
+    epoch: int
+    """`WarmStore.epoch`."""
+    condemned: int
+    """`WarmStore.condemned`."""
+    lease: Lease
 
 
 class Request:
     """A batch that waits for its turn; settled once somebody committed it, or tried to."""
 
-    def __init__(self, target: SnapshotId, changes: Sequence[FrameChange], epoch: int) -> None:
+    def __init__(self, target: SnapshotId, changes: Sequence[FrameChange], begun: Begun) -> None:
         self.target = target
         self.changes = changes
-        self.epoch = epoch
+        self.begun = begun
         self.result: Snapshot | None = None
         self.error: HimError | None = None
         self.settled = False

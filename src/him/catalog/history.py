@@ -18,7 +18,8 @@ from him.catalog import changes as changing
 from him.catalog import checkpoint
 from him.catalog.changes import FrameChange
 from him.catalog.checkpoint import Fold
-from him.catalog.group import Queue, Request
+from him.catalog.group import Begun, Queue, Request
+from him.catalog.lease import Lease, Leases
 from him.config import CHECKPOINT_RECORDS, STREAMS
 from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, SealedError, UsageError
 from him.ports import Clock, CommitLog, Memo, Projection, Rng
@@ -74,8 +75,11 @@ class History:
         clock: Clock,
         rng: Rng,
         writer: str,
+        *,
+        read_only: bool = False,
     ) -> None:
         self.log = log
+        self.leases = Leases(store.disk, read_only=read_only)
         self._projection = projection
         self._store = store
         self._memo = memo
@@ -91,9 +95,25 @@ class History:
 
     # -- reading
 
+    def lease(self) -> Lease:
+        """What is resolved from now on can be read until the lease is released, whatever is collected meanwhile."""
+        return self.leases.take(self.log.head()[0])
+
+    def begin(self) -> Begun:
+        """Before the first blob of a batch is looked for or put; `commit` asks for it.
+
+        Raises:
+            StorageError, IntegrityError: as `refresh`.
+        """
+        lease = self.lease()
+        self.refresh()
+        return Begun(self._store.epoch, self._store.condemned, lease)
+
     def finished_packs(self) -> list[PackFinished]:
-        """The packs that grow no more, as far as this process has looked."""
-        return [named for _, named in self._projection.pack_changes(0) if isinstance(named, PackFinished)]
+        """The packs that grow no more and are to stay, as far as this process has looked."""
+        going = {name for name, _, _ in self._projection.released(0)}
+        packs = (named for _, named in self._projection.pack_changes(0) if isinstance(named, PackFinished))
+        return [named for named in packs if named.pack not in going]
 
     def refresh(self) -> None:
         """Bring the projection to the log's head; one of another history, or far behind, is restored."""
@@ -197,7 +217,7 @@ class History:
             source = self.snapshot(parent) if parent is not None else None
             return self._opening(new_id, source, now, branch, tags or {}, provenance or {})
 
-        self._commit(build)
+        self.append(build)
         return self.snapshot(new_id)
 
     def writable(self, name: str) -> Snapshot:
@@ -218,17 +238,17 @@ class History:
             raise SealedError(f"{name} is sealed", object=found.snapshot_id)
         return self._open_child(name)
 
-    def commit(self, target: SnapshotId, changes: Sequence[FrameChange], *, epoch: int) -> Snapshot:
+    def commit(self, target: SnapshotId, changes: Sequence[FrameChange], *, begun: Begun) -> Snapshot:
         """Make a batch durable and visible, all of it or nothing.
 
         Args:
-            epoch: `WarmStore.epoch` from before the first blob of the batch was put.
+            begun: what `begin` gave before the first blob of the batch was put.
 
         Raises:
             SealedError: the snapshot was sealed meanwhile.
             StorageError: the disk refused; nothing of the batch is visible.
         """
-        request = Request(target, changes, epoch)
+        request = Request(target, changes, begun)
         self._store.sync_ahead()
         self._queue.pass_through(request, self._lead)
         self._checkpoint()
@@ -248,7 +268,7 @@ class History:
                     return ()
                 return [Sealed(now.snapshot_id, now.directory, root, self._projection.lamport() + 1)]
 
-            self._commit(build)
+            self.append(build)
             found = self.snapshot(found.snapshot_id)
         return found
 
@@ -262,7 +282,7 @@ class History:
                 raise ConflictError(f"{name!r} is already a {taken[0]}", object=name)
             return [RefSet(name, kind, self.snapshot(target).snapshot_id)]
 
-        self._commit(build)
+        self.append(build)
 
     def delete_ref(self, name: str) -> None:
         """Remove a branch or tag; the snapshot stays. Raises NotFoundError."""
@@ -273,14 +293,14 @@ class History:
                 raise NotFoundError(f"no branch or tag is called {name!r}", object=name)
             return [RefSet(name, taken[0], "")]
 
-        self._commit(build)
+        self.append(build)
 
     def set_attribute(self, name: str, key: str, value: str | None) -> None:
         """Set (or, with None, remove) a key-value pair on a snapshot."""
         if not key:
             raise UsageError("an attribute's key is not empty")
         target = self.snapshot(name).snapshot_id
-        self._commit(lambda: [AttributeSet(target, key, value)])
+        self.append(lambda: [AttributeSet(target, key, value)])
 
     def declare_stream(self, spec: StreamSpec) -> None:
         """Add a stream of the user's own.
@@ -299,7 +319,7 @@ class History:
                 raise ConflictError("a stream of that name is declared otherwise", object=spec.name)
             return [StreamDeclared(spec)]
 
-        self._commit(build)
+        self.append(build)
 
     def drop(self, name: str) -> Snapshot:
         """Stop listing a snapshot; its bytes stay until garbage collection.
@@ -319,7 +339,7 @@ class History:
                 )
             return [SnapshotDropped(found.snapshot_id)]
 
-        self._commit(build)
+        self.append(build)
         return found
 
     # -- inner
@@ -333,7 +353,7 @@ class History:
             head = self.snapshot(branch)
             return self._opening(new_id, head, now, branch, {}, {}) if head.sealed else ()
 
-        self._commit(build)
+        self.append(build)
         return self.snapshot(branch)
 
     def _opening(
@@ -363,13 +383,28 @@ class History:
             raise SealedError("the snapshot is sealed", object=target)
         return found
 
-    def _commit(self, build: Build) -> None:
-        """Commit what is no batch, in a record of its own."""
+    def append(self, build: Build, *, blobs: bool = False) -> None:
+        """Commit operations that are no batch in a record of their own.
+
+        Args:
+            build: makes them, under the log's lock with the projection at its head; none, no record.
+            blobs: a record that names what was put into packs is wanted even so.
+        """
         self._store.sync_ahead()
         with self._turn:
-            self._record(build)
+            self._record(build, blobs=blobs)
             self._catch_up()
         self._checkpoint()
+
+    def finish_pack(self) -> None:
+        """Finish the pack that this process writes to, however small, so that it can be copied or compacted."""
+        with self._turn:
+            self._finish_pack(now=True)
+
+    def adopt_pack(self) -> bool:
+        """Take up an unfinished pack that no process writes to; whether there was one."""
+        self._prepare()
+        return self._store.writing
 
     def _lead(self) -> None:
         """Commit every batch that waits, in one record; each gets its result or its error."""
@@ -405,8 +440,10 @@ class History:
             request.error = None
             try:
                 found = self._open(request.target)
-                if self._store.epoch != request.epoch:
+                if self._store.epoch != request.begun.epoch:
                     raise BusyError("an earlier failure took this batch's blobs with it", fix="write the batch again")
+                if self._store.condemned > request.begun.condemned:
+                    self._store.rely(changing.blobs(request.changes))
                 before = staged.get(request.target, found.directory)
                 base, origin = self.base_directory(found), snapshot_bytes(request.target)
                 after = changing.apply(self._store, before, base, origin, request.changes)
@@ -419,7 +456,7 @@ class History:
                 operations.append(Batch(request.target, before, after))
         return operations
 
-    def _record(self, build: Build) -> None:
+    def _record(self, build: Build, *, blobs: bool = False) -> None:
         """Commit a record, what it names being durable before it. Only with the turn held."""
         closed: list[PackRange] = []
 
@@ -427,11 +464,13 @@ class History:
             self.refresh()
             epoch = self._store.epoch
             operations = build()
-            if not operations:
+            if not operations and not blobs:
                 return None
             added = self._store.close_range()
             if added is not None:
                 closed.append(added)
+            elif not operations:
+                return None
             if self._store.epoch != epoch:
                 raise BusyError("a failed write took the pages with it", fix="write the batch again")
             return self._encoded([*closed, *operations])
@@ -454,8 +493,8 @@ class History:
             self._store.committed()
             self._finish_pack()
 
-    def _finish_pack(self) -> None:
-        finished = self._store.finish_if_large()
+    def _finish_pack(self, *, now: bool = False) -> None:
+        finished = self._store.finish_if_large(now=now)
         if not finished:
             return
         try:

@@ -11,7 +11,7 @@ A segment keeps its columns apart, so that a search by name stays in few lines o
 import contextlib
 import struct
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -76,13 +76,13 @@ class _Segment:
         self._lows = table.lows.view(np.uint8).data.cast("Q")
         self._places = table.places.view(np.uint8).data.cast("I")
 
-    def find(self, high: int, low: int) -> Location | None:
-        """The place of a name, the least deep, then the newest; or None."""
+    def find(self, high: int, low: int, avoid: Set[int] = frozenset()) -> Location | None:
+        """The place of a name in a pack that is not to be avoided, the least deep, then the newest; or None."""
         highs, count = self._highs, len(self._highs)
         at = bisect_left(highs, high)
         while at < count and highs[at] == high:
-            if self._lows[at] == low:
-                places, row = self._places, 4 * at
+            places, row = self._places, 4 * at
+            if self._lows[at] == low and (not avoid or places[row] not in avoid):
                 return Location(places[row], places[row + 1] * PACK_ALIGN_BYTES, places[row + 2], places[row + 3])
             at += 1
         return None
@@ -100,6 +100,10 @@ class AddressIndex:
         self._segments: list[_Segment] = []
         self._tail: dict[bytes, Location] = {}
         self.position = 0
+        self.removed: frozenset[int] = frozenset()
+        """Numbers of packs whose rows lead nowhere any more."""
+        self.condemned: frozenset[int] = frozenset()
+        """Numbers of packs that can be read and must not be relied on."""
 
     def load(self, head: int) -> None:
         """Map the segments that are there; damaged ones, leftovers and those beyond `head` are removed."""
@@ -127,21 +131,26 @@ class AddressIndex:
 
     def find(self, blob: BlobId) -> Location | None:
         """Where the least deep record of a blob lies (of equally deep ones the newest), or None."""
+        return self._found(blob, self.removed)
+
+    def _found(self, blob: BlobId, avoid: Set[int]) -> Location | None:
         found = self._tail.get(blob)
-        if found is not None:
+        if found is not None and (not avoid or found.pack not in avoid):
             return found
         high, low = _NAME.unpack_from(blob)
         for segment in reversed(self._segments):
-            found = segment.find(high, low)
+            found = segment.find(high, low, avoid)
             if found is not None:
                 return found
         return None
 
     def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
-        """Whether each blob is in no row: for many blobs at once far cheaper than `find`."""
+        """Whether each blob is in no pack that may be relied on: for many blobs at once far cheaper than `find`."""
+        avoid = self.removed | self.condemned
         if len(blobs) < _FEW:
-            return [self.find(blob) is None for blob in blobs]
-        absent = np.array([blob not in self._tail for blob in blobs], dtype=np.bool_)
+            return [self._found(blob, avoid) is None for blob in blobs]
+        tail = self._tail
+        absent = np.array([(at := tail.get(blob)) is None or at.pack in avoid for blob in blobs], dtype=np.bool_)
         names = np.frombuffer(b"".join(blob[:16] for blob in blobs), dtype=">u8").reshape(-1, 2).astype(np.uint64)
         for segment in self._segments:
             highs = segment.table.highs
@@ -150,7 +159,7 @@ class AddressIndex:
             inside = np.flatnonzero(absent & (at < len(highs)))
             close = inside[highs[at[inside]] == names[inside, 0]]
             for number in map(int, close):
-                absent[number] = self.find(blobs[number]) is None
+                absent[number] = self._found(blobs[number], avoid) is None
         return absent.tolist()
 
     def add(self, seq: int, pack: int, rows: Rows) -> None:
@@ -170,14 +179,15 @@ class AddressIndex:
         self.position = seq
 
     def _leading(self, rows: Rows) -> Rows:
-        """The rows without deltas of blobs that have a less deep record already; of one blob the least deep last."""
+        """The rows without deltas of blobs that have a less deep record elsewhere; of one blob the least deep last."""
         deep = np.flatnonzero(rows["depth"])
         if not len(deep):
             return rows
         kept = np.ones(len(rows), dtype=np.bool_)
         for at in map(int, deep):
-            known = self.find(BlobId(rows["blob"][at].tobytes()))
-            kept[at] = known is None or known.depth > int(rows["depth"][at])
+            known = self._found(BlobId(rows["blob"][at].tobytes()), self.removed | self.condemned)
+            # Equally deep ones count: a compacted pack's records lie in a new place as they are.
+            kept[at] = known is None or known.depth >= int(rows["depth"][at])
         rows = rows[kept]
         return rows[np.argsort(-rows["depth"].astype(np.int8), kind="stable")]
 

@@ -54,7 +54,7 @@ class Receipt(msgspec.Struct, frozen=True):
     pack: str
     size: int
     digest: str
-    """BLAKE3 of the object, in hex."""
+    """BLAKE3 of the object, in hex; empty where the pack is gone from both tiers."""
 
 
 class TierStatus(msgspec.Struct, frozen=True):
@@ -317,6 +317,37 @@ class Mirror:
             changed |= self.heal(path, offset, part)
         return changed
 
+    def forget(self, path: str) -> None:
+        """A pack is gone, or about to go: nobody asks for it any more."""
+        with self._lock:
+            pack = self._packs.pop(path, None)
+            self._held.pop(path, None)
+            self._files.pop(path, None)
+            if pack is not None:
+                # Its extents' names stay taken, and are never here.
+                pack.size, pack.here = 0, np.zeros(0, dtype=np.bool_)
+
+    def drop(self, path: str) -> None:
+        """Remove a pack from both tiers. Doing it again is no error.
+
+        Raises:
+            UnavailableError, StorageError: it is not gone from the cold tier yet; ask again.
+        """
+        known = self.holds(path)
+        with self._account:
+            self.forget(path)
+            self._disk.remove(path)
+            self._write_account(self._recounted())
+        if known:
+            self._cold.delete([path])
+            self._keep_receipt(Receipt(path, 0, ""))
+
+    @property
+    def held(self) -> _Names:
+        """The packs that the cold tier holds."""
+        self._learn_receipts()
+        return sorted(self._packs)
+
     # -- making room
 
     def reserve(self, size: int) -> None:
@@ -457,7 +488,12 @@ class Mirror:
         with self._lock:
             for receipt, end in _read_receipts(self._receipts, self._receipts_read):
                 self._receipts_read = end
-                if receipt is None or receipt.pack in self._packs:
+                if receipt is None:
+                    continue
+                if not receipt.digest:
+                    self.forget(receipt.pack)
+                    continue
+                if receipt.pack in self._packs:
                     continue
                 pack = _Pack(len(self._by_number), receipt.pack, receipt.size)
                 self._held[receipt.pack] = receipt

@@ -194,6 +194,10 @@ class WarmStore:
         """Pages and directory nodes among them."""
         self.epoch = 0
         """Grows when appended blobs are forgotten: a batch that spans such a moment must not commit."""
+        self._released = 0
+        self._condemned: dict[str, int] = {}
+        self.target_bytes: int | None = None
+        """From which size on a pack is finished, instead of PACK_TARGET_BYTES."""
 
     # -- reading
 
@@ -334,7 +338,7 @@ class WarmStore:
         Args:
             replaced: the tile whose place it takes; it is stored as a change of that where this is small.
         """
-        drafts = [] if self.has(tile.blob_id) else self._drafts(tile, origin, replaced)
+        drafts = self._drafts(tile, origin, replaced) if self._missing([tile.blob_id])[0] else []
         return Prepared(tile.blob_id, drafts)
 
     def put_prepared(self, tiles: Sequence[Prepared]) -> int:
@@ -369,6 +373,36 @@ class WarmStore:
     def put_drafts(self, drafts: Sequence[Draft]) -> int:
         """Append records as they are unless their blobs are there; how many. What they are made of comes first."""
         return self._put(drafts)
+
+    def copy(self, blobs: Sequence[BlobId]) -> int:
+        """Append the records of blobs again, as they are found now, but those this process has just appended; bytes."""
+        before = self.written_bytes
+        self._put([self.draft(blob) for blob in blobs if blob not in self._pending], anew=True)
+        return self.written_bytes - before
+
+    def rely(self, blobs: Iterable[BlobId]) -> int:
+        """Before a record refers to blobs: those that only condemned packs hold are appended in full; how many.
+
+        What they, or others among `blobs`, are made of is looked at too.
+
+        Raises:
+            BusyError: one is in no pack any more.
+        """
+        return sum(self._relied(blob) for blob in blobs)
+
+    @property
+    def condemned(self) -> int:
+        """The record that last condemned a pack, as far as this store has looked; 0 for none."""
+        with self._lock:
+            if not self._addresses_loaded or self._addresses.position < self._projection.position()[0]:
+                self.refresh()
+            return max(self._condemned.values(), default=0)
+
+    def condemned_packs(self) -> dict[str, int]:
+        """Packs that are to be removed once nobody reads them, and the records that condemned them."""
+        with self._lock:
+            self.refresh()
+            return dict(self._condemned)
 
     @property
     def writing(self) -> bool:
@@ -450,15 +484,20 @@ class WarmStore:
             find = self._addresses.find
             self._pending = {blob: at for blob, at in self._pending.items() if find(BlobId(blob)) is None}
 
-    def finish_if_large(self) -> tuple[PackRange | PackFinished, ...]:
+    def finish_if_large(self, *, now: bool = False) -> tuple[PackRange | PackFinished, ...]:
         """Give the writer's pack its footer once it is large, or of many ranges; the next write opens another.
 
         What other threads have appended meanwhile becomes a last range, which the same record must name.
+
+        Args:
+            now: however large it is.
         """
         with self._syncing, self._appending, self._lock:
             writer = self._writer
-            target = PACK_TARGET_BYTES if self._mirror is None else min(PACK_TARGET_BYTES, self._mirror.pack_bytes)
-            if writer is None or (writer.end < target and self._ranges < PACK_RANGES_MAX):
+            target = self.target_bytes or PACK_TARGET_BYTES
+            if self._mirror is not None:
+                target = min(target, self._mirror.pack_bytes)
+            if writer is None or (not now and writer.end < target and self._ranges < PACK_RANGES_MAX):
                 return ()
             try:
                 last = self.close_range()
@@ -503,6 +542,7 @@ class WarmStore:
                 self._addresses.load(head)
             changes = self._projection.pack_changes(self._addresses.position)
             self._learn_names()
+            self._learn_released(head)
             for seq, named in changes:
                 self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
             # Records without rows count too, or every look-up of an unknown blob would ask again.
@@ -723,12 +763,13 @@ class WarmStore:
             self._pages.put(blob, payload, len(payload))
         return blobs
 
-    def _put(self, drafts: Sequence[Draft]) -> int:
-        """Append the records whose blobs are not there yet; how many."""
+    def _put(self, drafts: Sequence[Draft], *, anew: bool = False) -> int:
+        """Append the records whose blobs are not there yet (or, `anew`, not among what waits); how many."""
         with self._appending:
             new = {draft.blob_id: draft for draft in drafts}
-            for blob, absent in zip(list(new), self._missing(list(new)), strict=True):
-                if not absent:
+            known = [blob in self._pending for blob in new] if anew else [not gone for gone in self._missing([*new])]
+            for blob, there in zip(list(new), known, strict=True):
+                if there:
                     del new[blob]
             if not new:
                 return 0
@@ -749,11 +790,14 @@ class WarmStore:
 
     def _open_writer(self) -> PackWriter:
         """Begin a new pack."""
-        pack = self._rng.token(16)
-        name = f"{PACK_FOLDER}/{pack.hex()}.pack"
-        file = self.disk.open(name, create=True)
-        if not file.lock(wait=False):
-            raise BusyError("a new pack is held by another process", place=name)
+        while True:
+            pack = self._rng.token(16)
+            name = f"{PACK_FOLDER}/{pack.hex()}.pack"
+            file = self.disk.open(name, create=True)
+            # Whoever collects garbage may have taken it for an orphan before it was locked, and removed it.
+            if file.lock(wait=False) and name.removeprefix(f"{PACK_FOLDER}/") in self.disk.list(PACK_FOLDER):
+                break
+            file.close()
         file.write_at(0, layout.encode_file_header(self._repository_id, pack))
         self.disk.sync_folder(PACK_FOLDER)
         self._files[name] = file
@@ -799,6 +843,48 @@ class WarmStore:
         finally:
             # Not kept open: a repository may have more packs than a process may open files.
             file.close()
+
+    def _learn_released(self, head: int) -> None:
+        """Which packs must not be relied on, and which are gone."""
+        for name, condemned, removed in self._projection.released(self._released):
+            number = self._numbers[name]
+            if removed:
+                self._condemned.pop(name, None)
+                self._addresses.removed |= {number}
+                # Closed once no thread reads from it any more.
+                self._files.pop(name, None)
+                if self._mirror is not None:
+                    self._mirror.forget(name)
+            else:
+                self._condemned[name] = condemned
+        self._addresses.condemned = frozenset(self._numbers[name] for name in self._condemned)
+        self._released = head
+
+    def _relied(self, blob: BlobId) -> int:
+        found = self._pending.get(blob)
+        if found is None and self._missing([blob])[0]:
+            try:
+                payload = self.payload(blob)
+                meta, origin = (read := self.read(blob)).meta, read.origin
+            except IntegrityError as error:
+                raise BusyError(
+                    "what this batch shares was removed meanwhile", object=blob.hex(), fix="write the batch again"
+                ) from error
+            tile = codec.encode_payload(meta, payload)
+            whole = Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, len(tile.payload), origin)
+            return self._put([whole], anew=True)
+        return sum(self._relied(part) for part in self.parts(blob))
+
+    def parts(self, blob: BlobId) -> list[BlobId]:
+        """What a tile's record is made of: the base of a delta, the chunks of a document. Only headers are read."""
+        name, at = self._place(blob)
+        head = layout.decode_header(self._file(name).read_at(at.offset, layout.RECORD_HEADER_BYTES), name)
+        if head.delta_depth:
+            return [BlobId(head.delta_base)]
+        if head.codec == CHUNKS:
+            found = self.read(blob)
+            return [BlobId(chunk.blob_id) for chunk in chunks.decode_list(found.stored, found.raw_size)]
+        return []
 
     def _learn_names(self) -> None:
         """Packs are numbered by rank in the log; address segments, loaded ones too, hold these numbers."""

@@ -1,0 +1,129 @@
+"""Leases: from which record on each process still reads, so that what was condemned before is not removed under it.
+
+A process keeps one file in `leases/`, whose lock dies with it, and in it the lowest sequence number that anything it
+holds was resolved at (design §6). A lease is written before anything is resolved under it: so whoever removes a pack
+either sees the lease, or the reader sees that the pack was condemned.
+
+File: sequence number u64, BLAKE3 of it (32); all ones when nothing is held.
+"""
+
+import contextlib
+import itertools
+import threading
+import weakref
+from collections import Counter
+from typing import Final
+
+from blake3 import blake3
+
+from him.errors import HimError, NotFoundError
+from him.ports import Disk, File
+
+FOLDER: Final = "leases"
+_NOTHING: Final = (1 << 64) - 1
+_FLOOR_BYTES: Final = 8
+
+
+class Lease:
+    """That its holder may read what stood at record `seq`, until it is released or forgotten."""
+
+    def __init__(self, leases: "Leases", seq: int) -> None:
+        self.seq = seq
+        self.release = weakref.finalize(self, leases.released, seq)
+        """Give it back; more than once is no error."""
+        self.release.atexit = False
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Leases:
+    """The leases of one process; safe to use from several threads."""
+
+    def __init__(self, disk: Disk, *, read_only: bool = False) -> None:
+        self._disk, self._read_only = disk, read_only
+        self._lock = threading.RLock()
+        self._held: Counter[int] = Counter()
+        self._written = _NOTHING
+        self._file: File | None = None
+        self._path = ""
+
+    def take(self, seq: int) -> Lease:
+        """A lease on what stands at record `seq` and after; only in name where the repository cannot be written to."""
+        with self._lock:
+            self._held[seq] += 1
+            self._write()
+            return Lease(self, seq)
+
+    def released(self, seq: int) -> None:
+        """One that was taken at `seq` is over."""
+        with self._lock:
+            self._held[seq] -= 1
+            if not self._held[seq]:
+                del self._held[seq]
+            # Refused: then what was held stays held until the process ends. Nobody hears what a finalizer raises.
+            with contextlib.suppress(BaseException):
+                self._write()
+
+    def floors(self) -> dict[str, int]:
+        """The lowest record each living process reads at, this one included; those that hold nothing are left out."""
+        found: dict[str, int] = {}
+        for name in self._disk.list(FOLDER):
+            path = f"{FOLDER}/{name}"
+            if path == self._path:
+                floor: int | None = self._written
+            else:
+                floor = self._floor(path)
+            if floor not in (None, _NOTHING):
+                found[name] = floor
+        return found
+
+    def close(self) -> None:
+        """Give all back."""
+        with self._lock:
+            if self._file is not None:
+                with contextlib.suppress(HimError):
+                    self._disk.remove(self._path)
+                self._file.close()
+                self._file, self._path = None, ""
+            self._held.clear()
+            self._read_only = True
+
+    def _write(self) -> None:
+        floor = min(self._held, default=_NOTHING)
+        if floor == self._written or self._read_only:
+            return
+        if self._file is None:
+            self._file = self._made()
+        data = floor.to_bytes(_FLOOR_BYTES, "little")
+        self._file.write_at(0, data + blake3(data).digest())
+        self._written = floor
+
+    def _made(self) -> File:
+        for number in itertools.count():
+            self._path = f"{FOLDER}/{number}"
+            file = self._disk.open(self._path, create=True)
+            # Another process may have found it unlocked, taken it for a dead one's, and removed it.
+            if file.lock(wait=False) and str(number) in self._disk.list(FOLDER):
+                return file
+            file.close()
+        raise AssertionError("numbers do not end")
+
+    def _floor(self, path: str) -> int | None:
+        """What a file says; None when its process is gone (the file goes too), 0 for one that cannot be read."""
+        try:
+            file = self._disk.open(path)
+        except NotFoundError:
+            return None
+        try:
+            if file.lock(wait=False):
+                self._disk.remove(path)
+                return None
+            data = file.read_at(0, _FLOOR_BYTES + 32)
+        finally:
+            file.close()
+        floor = data[:_FLOOR_BYTES]
+        return int.from_bytes(floor, "little") if blake3(floor).digest() == data[_FLOOR_BYTES:] else 0
