@@ -39,11 +39,11 @@ class FakeClock:
     """Every reading is a millisecond later than the one before."""
 
     def __init__(self, start_ns: int = 1_700_000_000_000_000_000) -> None:
-        self._now = start_ns
+        self.now = start_ns
 
     def now_ns(self) -> int:
-        self._now += 1_000_000
-        return self._now
+        self.now += 1_000_000
+        return self.now
 
     def monotonic_ns(self) -> int:
         return self.now_ns()
@@ -525,6 +525,7 @@ class Stack:
 
     def close(self) -> None:
         self.store.close()
+        self.history.leases.close()
         self.log.close()
         self.projection.close()
 

@@ -118,9 +118,11 @@ class Repository:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.marker = json.loads((folder / "him.json").read_bytes())
-        need(self.marker["format"] == 1, "another format")
+        need(self.marker["format"] in (1, 2), "another format")
         self.snapshots: dict[str, dict] = {}
         self.refs, self.streams, self.lamport = {}, {}, 0
+        self.retention: dict[tuple[str, str], int] = {}
+        self.expired: dict[tuple[str, str], int] = {}
         self.records: list[Record] = []
         self.blobs: dict[tuple[int, bytes], list[Record]] = defaultdict(list)
         self._known: dict[tuple[int, bytes], bytes] = {}
@@ -129,8 +131,9 @@ class Repository:
         self._ranges: dict[str, list] = defaultdict(list)
         self.checkpoints = 0
         self._log()
-        for path, (_, _, _, finished) in self._packs.items():
-            self._pack(path, self._ranges[path], finished)
+        for path, (_, _, _, finished, _, removed) in self._packs.items():
+            if not removed:
+                self._pack(path, self._ranges[path], finished)
         for record in self.records:
             self._verify(record)
         self.companions = {}
@@ -187,10 +190,22 @@ class Repository:
                 self.streams[spec["name"]] = spec
             case "range", path, *numbers:
                 self._ranges[path].append(numbers)
-                pack = self._packs.setdefault(path, [path, seq, [], None])
+                pack = self._packs.setdefault(path, [path, seq, [], None, 0, 0])
                 pack[1:3] = seq, [*pack[2], [seq, operation]]
             case "finished", path, _, _:
-                self._packs[path][2:] = [], operation
+                self._packs[path][2:4] = [], operation
+            case "condemned", path:
+                self._packs[path][4] = seq
+            case "removed", path:
+                need(self._packs[path][4], "removed and not condemned")
+                self._packs[path][2:] = [], None, self._packs[path][4], seq
+            case "retention", stream, task, seconds:
+                self.retention[stream, task] = seconds
+                if seconds < 0:
+                    del self.retention[stream, task]
+            case "expired", stream, before, origins, b"", b"":
+                for what in [(stream, origin) for origin in origins or [""]]:
+                    self.expired[what] = max(before, self.expired.get(what, 0))
             case _:
                 raise Damaged(f"an unknown operation {operation}")
 
@@ -199,12 +214,15 @@ class Repository:
         file = self.folder / f"log/checkpoints/{seq:016d}"
         if file.exists():
             opened = sorted((self._opened[key], key) for key in self.snapshots)
+            version = file.read_bytes()[8]
+            packs = [pack[: 4 if version == 1 else 6] for pack in self._packs.values()]
+            rules = [sorted([*what, value] for what, value in one.items()) for one in (self.retention, self.expired)]
             body = msgspec.msgpack.encode([
                 seq, digest, self.lamport, [[at, self.snapshots[key]] for at, key in opened],
                 [[name, *self.refs[name]] for name in sorted(self.refs)],
-                [self.streams[name] for name in sorted(self.streams)], list(self._packs.values()),
+                [self.streams[name] for name in sorted(self.streams)], packs, *(rules if version == 2 else []),
             ])  # fmt: skip
-            head = struct.pack("<8sH6xQQ32s", b"HIMCKPT\1", 1, seq, end, digest)
+            head = struct.pack("<8sH6xQQ32s", b"HIMCKPT\1", version, seq, end, digest)
             need(file.read_bytes() == head + H(head, body) + body, f"checkpoint {seq}")
             self.checkpoints += 1
 
@@ -336,6 +354,16 @@ class Repository:
         return out
 
     # -- Tiles
+
+    def let_go(self, stream: str, origin: bytes, blob: bytes) -> bool:
+        """Whether a tile is not there, as a record said."""
+        if (TILE, blob) in self.blobs:
+            return False
+        opened_ns = int.from_bytes(origin[:6], "big") * 10**6
+        number, digits = int.from_bytes(origin, "big"), "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+        name = "snp_" + "".join(digits[number >> 5 * at & 31] for at in range(25, -1, -1))
+        need((stream, name) in self.expired or opened_ns < self.expired.get((stream, ""), 0), f"a tile of {stream}")
+        return True
 
     def tile(self, blob: bytes) -> np.ndarray | bytes:
         """A document, or values in the dtype handed back."""

@@ -29,15 +29,22 @@ from him.adapters.png import PngFile, is_large_png
 from him.adapters.rapidocr import RapidTextReader
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
 from him.catalog.fsck import Fsck, FsckReport, fault_of
+from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import TAG, History, new_ulid
 from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
+from him.catalog.retention import HOLD
+from him.catalog.stats import Stats, measure
 from him.config import (
     BUDGET_MS,
+    COLD_PACK_BYTES,
+    COLD_PACK_BYTES_LEAST,
+    COLLECT_DEAD_SHARE,
     FOLDER_PICTURES_MAX,
     FORMAT_VERSION,
     IMAGE_FILE_BYTES_MAX,
     IMAGE_PIXELS_MAX,
+    REPOSITORY_FORMAT,
     TREE_BYTES_MAX,
     WARM_BUDGET_BYTES_LEAST,
 )
@@ -158,7 +165,7 @@ def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     FileLog.create(disk)
     (root / PACK_FOLDER).mkdir(exist_ok=True, mode=0o700)
-    marker = _Marker(FORMAT_VERSION, rng.token(16).hex(), clock.now_ns())
+    marker = _Marker(REPOSITORY_FORMAT, rng.token(16).hex(), clock.now_ns())
     # Last, so that a crash leaves either no repository or a whole one.
     disk.write_whole(MARKER, msgspec.json.encode(marker) + b"\n")
 
@@ -194,9 +201,22 @@ def _read_marker(root: Path) -> _Marker:
         bytes.fromhex(marker.repository_id)
     except (msgspec.MsgspecError, ValueError) as error:
         raise IntegrityError(f"{MARKER} does not parse ({error})", object=MARKER, place=str(root)) from error
-    if marker.format > FORMAT_VERSION:
-        raise VersionError(f"the repository has format {marker.format}, this software knows {FORMAT_VERSION}")
+    if marker.format > REPOSITORY_FORMAT:
+        raise VersionError(f"the repository has format {marker.format}, this software knows {REPOSITORY_FORMAT}")
     return marker
+
+
+def _silent(_done: int, _total: int, _what: str) -> None:
+    """No progress is shown."""
+
+
+def _same_repository(one: bytes, other: bytes) -> bool:
+    """Whether two markers are of one repository, whatever their formats."""
+    try:
+        first, second = (msgspec.json.decode(data, type=_Marker) for data in (one, other))
+    except msgspec.MsgspecError:
+        return False
+    return first.repository_id == second.repository_id
 
 
 class Repository:
@@ -274,7 +294,7 @@ class Repository:
         store, own = open_store(cold), self._disk.open(MARKER)
         with contextlib.closing(own):
             marker = own.read_at(0, own.size())
-        if not store.put(MARKER, marker, if_absent=True) and store.get(MARKER, len(marker) + 4096) != marker:
+        if not store.put(MARKER, marker, if_absent=True) and not _same_repository(store.get(MARKER, 4096), marker):
             raise ConflictError("the cold tier belongs to another repository", object=cold, fix="name another prefix")
         absent = [receipt.pack for receipt in receipts(self._disk) if store.size(receipt.pack) != receipt.size]
         if absent:
@@ -298,7 +318,8 @@ class Repository:
 
     def snapshot(self, name: str) -> "SnapshotHandle":
         """The snapshot a branch, a tag or an id names, as it stands now. Raises NotFoundError."""
-        return SnapshotHandle(self._parts, self._history.snapshot(name))
+        lease = self._history.lease()
+        return SnapshotHandle(self._parts, self._history.snapshot(name), lease)
 
     def create_snapshot(
         self,
@@ -309,15 +330,17 @@ class Repository:
         provenance: Mapping[str, str] | None = None,
     ) -> "SnapshotHandle":
         """Open a snapshot (O(1), whatever its parent holds). Raises NotFoundError, ConflictError."""
+        lease = self._history.lease()
         own = {"him": him.__version__, "python": platform.python_version(), "platform": platform.platform()}
         opened = self._history.open_snapshot(
             parent=parent, branch=branch, tags=tags, provenance={**own, **(provenance or {})}
         )
-        return SnapshotHandle(self._parts, opened)
+        return SnapshotHandle(self._parts, opened, lease)
 
     def writable(self, name: str) -> "SnapshotHandle":
         """The open snapshot behind a branch (made if unknown; a child if its head is sealed) or an id."""
-        return SnapshotHandle(self._parts, self._history.writable(name))
+        lease = self._history.lease()
+        return SnapshotHandle(self._parts, self._history.writable(name), lease)
 
     def branch(self, name: str, *, source: str | None = None) -> "SnapshotHandle":
         """A new branch from `source` (empty when left out), in O(1). Raises ConflictError, NotFoundError."""
@@ -450,6 +473,12 @@ class Repository:
         Raises:
             UsageError, NotFoundError, IntegrityError.
         """
+        with self._history.lease():  # Until its trace keeps what was read.
+            return self._query(goal, snapshot, frame, budget_ms, startup)
+
+    def _query(
+        self, goal: str, snapshot: str, frame: str | None, budget_ms: int, startup: Callable[[], float] | None
+    ) -> Answer:
         found = self._history.snapshot(snapshot)
         self._load(found)
         trace_id = TRACE_PREFIX + ulid_text(new_ulid(self._clock.now_ns(), self._rng))
@@ -539,6 +568,87 @@ class Repository:
             self._history.rebuild()
             self._store.forget_addresses()
         return Fsck(self._history, self._projection, self._store, progress).run()
+
+    def gc(
+        self, *, dead_share: float = COLLECT_DEAD_SHARE, dry_run: bool = False, progress: Progress | None = None
+    ) -> Collected:
+        """Let go what nothing refers to: packs that hold little else are given up, what is used in them being copied.
+
+        Runs beside readers and writers of any process. A pack stays until all who began before it was condemned are
+        through: then the next collection removes it. First, tiles that a retention rule lets go are expired.
+
+        Args:
+            dead_share: from which share of dead bytes on a pack is given up, 0 to 1.
+            dry_run: only count.
+
+        Raises:
+            UsageError: a share beyond that.
+            IntegrityError: something that is referred to is damaged; nothing is removed before it is mended.
+        """
+        if not 0 < dead_share <= 1:
+            raise UsageError(f"a share of {dead_share}", fix="give one above 0 and up to 1")
+        return self._collected(Choice(dead_share), dry_run=dry_run, progress=progress)
+
+    def compact(self, *, dry_run: bool = False, progress: Progress | None = None) -> Collected:
+        """`gc`, and small packs are joined to ones of the size that a cold tier is best used with."""
+        target = COLD_PACK_BYTES if self._mirror is None else min(COLD_PACK_BYTES, self._mirror.pack_bytes)
+        self._store.target_bytes = target
+        try:
+            choice = Choice(COLLECT_DEAD_SHARE, min(COLD_PACK_BYTES_LEAST, target // 2))
+            return self._collected(choice, dry_run=dry_run, progress=progress)
+        finally:
+            self._store.target_bytes = None
+
+    def _collected(self, choice: Choice, *, dry_run: bool, progress: Progress | None) -> Collected:
+        if not dry_run:
+            self._raise_format()
+        roots = self._trace_directories
+        collector = Collector(self._history, self._projection, self._store, self._clock, roots, progress)
+        return collector.run(choice, dry_run=dry_run)
+
+    def _trace_directories(self) -> Iterator[bytes]:
+        """What recorded queries read: it stays readable, so that they can be replayed."""
+        for trace_id in self.traces():
+            with contextlib.suppress(HimError):
+                yield bytes.fromhex(self._load_trace(trace_id).directory)
+
+    def _raise_format(self) -> None:
+        """Records that older software does not know are about to be written: it must say so instead of stumbling."""
+        marker = _read_marker(self.path)
+        if marker.format < REPOSITORY_FORMAT:
+            newer = msgspec.structs.replace(marker, format=REPOSITORY_FORMAT)
+            self._disk.write_whole(MARKER, msgspec.json.encode(newer) + b"\n")
+
+    def stats(self, progress: Progress | None = None) -> Stats:
+        """Bytes by stream and tier, and what sharing, compression and deltas save. Reads every page."""
+        return measure(self._history, self._projection, self._store, progress or _silent)
+
+    def retention(self) -> dict[tuple[str, str], int]:
+        """How long tiles are kept: (stream, task or "") → seconds; a stream that is not named keeps for ever."""
+        return self._history.retention()
+
+    def set_retention(self, stream: str, ttl_s: int, *, task: str = "") -> None:
+        """Keep a stream's tiles for so long after their snapshot was opened; `gc` lets older ones go.
+
+        Args:
+            ttl_s: seconds; 0 for ever, negative takes the rule back.
+            task: only tiles of snapshots whose attribute `task_id` is this.
+
+        Raises:
+            NotFoundError: no such stream.
+        """
+        self._raise_format()
+        self._history.set_retention(stream, task, ttl_s)
+
+    def hold(self, snapshot: str, reason: str) -> None:
+        """Put a legal hold on a snapshot: it cannot be deleted, and retention lets nothing of it go."""
+        if not reason:
+            raise UsageError("a legal hold has a reason")
+        self._history.set_attribute(snapshot, HOLD, reason)
+
+    def release_hold(self, snapshot: str) -> None:
+        """Take a legal hold back."""
+        self._history.set_attribute(snapshot, HOLD, None)
 
     def doctor(self) -> list[dict[str, object]]:
         """Checks of the machine and the installation: check, ok, detail, fix."""

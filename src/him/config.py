@@ -5,6 +5,9 @@ from typing import Final
 from him.types import StreamSpec
 
 FORMAT_VERSION: Final = 1
+"""Of packs, records and traces."""
+REPOSITORY_FORMAT: Final = 2
+"""Of `him.json`: which log records there may be. 2 has those of garbage collection and retention."""
 
 # Layout (spec §1.1, design §2)
 PAGE_SIDE: Final = 8
@@ -62,6 +65,13 @@ WARM_BUDGET_BYTES_LEAST: Final = 16 * 1024 * 1024
 WARM_PACK_RATIO: Final = 1 / 16
 """A pack that is written to takes at most this part of the budget (and one commit more)."""
 PIN_MINUTES: Final = 30.0
+COLLECT_DEAD_SHARE: Final = 0.5
+"""From which share of bytes that nothing refers to on a pack is given up, what is used being copied."""
+COLLECT_COPY_BYTES: Final = 32 * 1024 * 1024
+"""Copied at once when a pack is given up."""
+COLD_PACK_BYTES_LEAST: Final = 128 * 1024 * 1024
+COLD_PACK_BYTES: Final = 256 * 1024 * 1024
+"""Compaction joins packs below the first to ones of about the second (spec §1.3: 128–512 MB)."""
 COLD_FLIGHT_MAX: Final = 16
 """Ranged GETs a process keeps in flight to one bucket."""
 COLD_PART_BYTES: Final = 8 * 1024 * 1024

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from him.catalog.history import History
+from him.catalog.lease import Lease
 from him.catalog.reader import SnapshotReader
 from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX, PIN_MINUTES
 from him.errors import LimitError, NotFoundError, UsageError
@@ -81,9 +82,10 @@ class TierHandle:
 class SnapshotHandle:
     """One snapshot as it stood when the handle was made; writing moves the handle to what it wrote."""
 
-    def __init__(self, parts: Parts, info: Snapshot) -> None:
+    def __init__(self, parts: Parts, info: Snapshot, lease: Lease) -> None:
         self.parts = parts
         """The rooms behind it, for the modules of HIM that stand above this one."""
+        self._lease = lease
         self.info = info
         self._read: SnapshotReader | None = None
 

@@ -342,7 +342,7 @@ class PackRemoved(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
 
 
 class RetentionSet(msgspec.Struct, frozen=True, array_like=True, tag="retention"):
-    """How long a stream's tiles are kept: those of snapshots whose attribute `task` is `task`, or ("") all others.
+    """How long a stream's tiles are kept: those of snapshots whose attribute `task_id` is `task`, or ("") all others.
 
     `ttl_s` 0 keeps for ever; a negative one takes the rule back.
     """

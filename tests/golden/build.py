@@ -28,6 +28,7 @@ from independent_reader import dtype_of
 import him
 from him.adapters.local import LocalDisk, LocalFile
 from him.catalog.changes import FrameChange
+from him.errors import ExpiredError
 from him.pyramid import levels
 from him.types import BlobId, Frame, StreamSpec, TileKey, TileMeta, tile_id_text
 
@@ -134,9 +135,9 @@ class Build:
             encoder=FakeEncoder(), disk=NoSyncDisk(self._folder),
         )  # fmt: skip
 
-    def run(self) -> None:
+    def run(self, *, collected: bool = False) -> None:
         steps = (self.streams, self.dtypes, self.levels, self.quantised, self.deltas, self.documents, self.branches,
-                 self.pictures, self.directory, self.names)  # fmt: skip
+                 self.pictures, self.directory, self.names, *((self.garbage,) if collected else ()))  # fmt: skip
         for step in steps:
             self.clock.now += 1_000_000_000
             step()
@@ -263,11 +264,37 @@ class Build:
         self.repo.delete_snapshot(dropped.id)
         assert empty.info.directory == b""
 
+    def garbage(self) -> None:
+        """What format 2 has beside: rules, what they let go, packs that are condemned and packs that are gone."""
+        self.repo.declare_stream(StreamSpec("brief", tile_height=8, tile_width=8, retention_days=1))
+        self.repo.set_retention("plane", 3600, task="T-2")
+        self.repo.set_retention("kv_cache", 7 * 24 * 3600)
+        self.repo.set_retention("kv_cache", -1)
+        old = self.repo.create_snapshot(branch="old", tags={"task_id": "T-2"})
+        for step in range(4):
+            old.put("brief", noise(f"brief {step}", "uint8", (8, 8)), frame="f", x=step)
+        old.put("plane", noise("of a task", "uint8", (9, 9)), frame="of a task")
+        case = self.repo.create_snapshot(branch="case")
+        case.put("brief", noise("held", "uint8", (8, 8)), frame="f")
+        self.repo.hold("case", "case 17")
+        self.clock.now += 2 * 24 * 3600 * 10**9
+        self.repo.branch("new").put("brief", noise("new", "uint8", (8, 8)), frame="f")
+        # As soon as the last handle is gone nobody reads under an older lease.
+        del old, case
+        reader = self.other.snapshot("new")
+        self.repo.gc(dead_share=0.02)
+        del reader
+        self.repo.gc(dead_share=0.02)
+        reader = self.other.snapshot("new")
+        self.repo.writable("new").put("brief", noise("newer", "uint8", (8, 8)), frame="f")
+        self.repo.gc(dead_share=0.02)
+        del reader
 
-def build(folder: Path) -> None:
-    """Make the repository."""
+
+def build(folder: Path, *, collected: bool = False) -> None:
+    """Make the repository; `collected`, with what format 2 has beside."""
     with fixed_world():
-        Build(folder).run()
+        Build(folder).run(collected=collected)
     shutil.rmtree(folder / "cache", ignore_errors=True)
 
 
@@ -292,10 +319,14 @@ def described(repo: him.Repository) -> dict:
             tiles = []
             for level, y, x in places(handle, frame):
                 at = {"frame": frame.name, "level": level, "y": y, "x": x}
-                value = handle.get(frame.stream, **at)
+                name = tile_id_text(handle.reader.tile_id(TileKey(frame.stream, frame.name, level, y, x)))
+                try:
+                    value = handle.get(frame.stream, **at)
+                except ExpiredError:
+                    tiles.append([level, y, x, [], "expired", "", name])
+                    continue
                 shape = [len(value)] if isinstance(value, bytes) else list(value.shape)
                 kind = "bytes" if isinstance(value, bytes) else value.dtype.name
-                name = tile_id_text(handle.reader.tile_id(TileKey(frame.stream, frame.name, level, y, x)))
                 tiles.append([level, y, x, shape, kind, digest(value), name])
             record = {key: getattr(frame, key) for key in frame.__struct_fields__} | {"root": frame.root.hex()}
             frames.append(record | {"attributes": [list(pair) for pair in frame.attributes], "tiles": tiles})
@@ -309,7 +340,7 @@ def described(repo: him.Repository) -> dict:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])
-    build(target / REPOSITORY)
+    build(target / REPOSITORY, collected=True)
     with him.open(target / REPOSITORY, reader=FakeReader(), encoder=FakeEncoder()) as opened:
         (target / EXPECTED).write_text(json.dumps(described(opened)) + "\n")
     shutil.rmtree(target / REPOSITORY / "cache", ignore_errors=True)

@@ -29,7 +29,8 @@ def frame_of(reader: Repository, frame: list, sealed: bool) -> dict:
     tiles = []
     cells = reader.cells(frame)
     for (y, x), (blob, origin) in sorted(cells.items()):
-        value = reader.tile(blob)
+        # Only what a record lets go may be missing.
+        value = None if reader.let_go(stream, origin, blob) else reader.tile(blob)
         tiles.append([0, y, x, value, reader.tile_id(stream, name, origin, 0, x, y, blob)])
     rows, columns = -(-frame[3] // tile_height), -(-frame[4] // tile_width)
     top = (max(rows, columns) - 1).bit_length()
@@ -49,6 +50,7 @@ def frame_of(reader: Repository, frame: list, sealed: bool) -> dict:
                 tiles.append([level, y, x, value, tile_id])
         assert named is None or seen == set(named)
     shown = [
+        [level, y, x, [], "expired", "", tile_id] if value is None else
         [level, y, x, [len(value)] if isinstance(value, bytes) else list(value.shape),
          "bytes" if isinstance(value, bytes) else value.dtype.name, build.digest(value), tile_id]
         for level, y, x, value, tile_id in tiles

@@ -14,6 +14,7 @@ from independent_reader import Damaged, Repository
 import him
 
 GOLDEN = Path(__file__).parent / "v1"
+VERSIONS = ("v1", "v2")
 KINDS = {"tile": 1, "page": 2, "directory": 3, "companion": 4, "index": 5, "footer": 6}
 
 
@@ -25,18 +26,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(params=VERSIONS)
+def version(request: pytest.FixtureRequest) -> str:
+    """Each golden repository in turn."""
+    return str(request.param)
+
+
 @pytest.fixture
-def golden(tmp_path: Path) -> Path:
+def golden(tmp_path: Path, version: str) -> Path:
     """A copy: opening writes caches."""
-    return Path(shutil.copytree(GOLDEN / build.REPOSITORY, tmp_path / "repository"))
+    return Path(shutil.copytree(GOLDEN.parent / version / build.REPOSITORY, tmp_path / "repository"))
 
 
 def opened(folder: Path) -> him.Repository:
     return him.open(folder, reader=FakeReader(), encoder=FakeEncoder())
 
 
-def expected() -> dict:
-    return json.loads((GOLDEN / build.EXPECTED).read_bytes())
+def expected(version: str = "v1") -> dict:
+    return json.loads((GOLDEN.parent / version / build.EXPECTED).read_bytes())
 
 
 def described(folder: Path) -> dict:
@@ -58,16 +65,16 @@ def test_the_document_alone_reads_what_the_software_wrote(made: Path) -> None:
     assert reader.checkpoints == 2
 
 
-def test_the_golden_repository_reads_as_it_did_when_it_was_made(golden: Path) -> None:
-    same(described(golden), expected())
-    same(read_independently(golden)[0], expected())
+def test_the_golden_repository_reads_as_it_did_when_it_was_made(golden: Path, version: str) -> None:
+    same(described(golden), expected(version))
+    same(read_independently(golden)[0], expected(version))
     with opened(golden) as repo:
         assert repo.fsck().errors == ()
         assert repo.fsck(rebuild=True).errors == ()
-    same(described(golden), expected())
+    same(described(golden), expected(version))
 
 
-def test_the_golden_repository_can_be_written_on(golden: Path) -> None:
+def test_the_golden_repository_can_be_written_on(golden: Path, version: str) -> None:
     """In packs that were begun then, on tiles that become bases of deltas, in a directory that splits."""
     with opened(golden) as repo:
         for branch in ("deltas", "levels", "directory", "documents"):
@@ -76,10 +83,25 @@ def test_the_golden_repository_can_be_written_on(golden: Path) -> None:
             work.put("skills", b"new", frame="one more")
             work.seal()
         assert repo.fsck().errors == ()
-    told, was = described(golden), expected()
+    told, was = described(golden), expected(version)
     same(read_independently(golden)[0], told)
     sealed = {key: one for key, one in was["snapshots"].items() if one["sealed"]}
     assert {key: told["snapshots"][key] for key in sealed} == sealed
+
+
+def test_a_repository_of_format_1_is_collected_and_then_says_2(tmp_path: Path) -> None:
+    """Nothing that can be read changes; what was deleted or replaced goes."""
+    folder = Path(shutil.copytree(GOLDEN / build.REPOSITORY, tmp_path / "repository"))
+    assert json.loads((folder / "him.json").read_bytes())["format"] == 1
+    # At the time it was made: its logs are to be kept for thirty days.
+    with him.open(folder, clock=build.GoldenClock()) as repo:
+        assert repo.gc(dead_share=0.01).removed_packs > 0
+        after = repo.gc(dead_share=0.01)
+        assert after.dead_bytes < after.live_bytes / 100
+        assert repo.fsck().errors == ()
+    assert json.loads((folder / "him.json").read_bytes())["format"] == 2
+    same(described(folder), expected())
+    same(read_independently(folder)[0], expected())
 
 
 def test_todays_writer_gives_the_same_identities(made: Path) -> None:

@@ -78,8 +78,9 @@ def expected() -> tuple[list[View], int]:
     for step in STEPS:
         step(stack)
         views.append(stack.view())
+    count = disk.faults.count
     assert stack.fsck().ok
-    return views, disk.faults.count
+    return views, count
 
 
 def run(disk: MemDisk) -> tuple[Named, int, HimError | None]:

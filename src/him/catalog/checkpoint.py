@@ -4,8 +4,9 @@
 checkpoint is the fold at a record, made from the log and the checkpoint before, never from the projection, which has
 no digests. So its bytes follow from the log alone, whoever writes it.
 
-File: magic `HIMCKPT` 1, version u16, six zeros, sequence number u64, end offset of that record in the log u64, its
-hash (32), digest of these 64 bytes and the body (32), body (MessagePack).
+File: magic `HIMCKPT` 1, version u16 (1 has neither retention nor what became of packs), six zeros, sequence number
+u64, end offset of that record in the log u64, its hash (32), digest of these 64 bytes and the body (32), body
+(MessagePack).
 """
 
 import struct
@@ -40,7 +41,7 @@ from him.types import (
 )
 
 _MAGIC: Final = b"HIMCKPT\x01"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _HEAD: Final = struct.Struct("<8sH6sQQ32s")
 _DIGEST: Final = 32
 HEAD_BYTES: Final = _HEAD.size + _DIGEST

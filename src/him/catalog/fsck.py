@@ -9,6 +9,7 @@ import numpy as np
 from him.catalog import checkpoint
 from him.catalog.checkpoint import Fold
 from him.catalog.history import History
+from him.catalog.retention import Expiry
 from him.errors import HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack import merkle
@@ -68,9 +69,14 @@ class Fsck:
         self._damaged: set[bytes] = set()
         self._seen: set[bytes] = set()
         self._tiles: set[tuple[bytes, bytes]] = set()
+        self._expired: set[tuple[bytes, bytes]] = set()
 
     def run(self) -> FsckReport:
         """Check log, checkpoints, packs and reachability."""
+        with self._history.lease():
+            return self._run()
+
+    def _run(self) -> FsckReport:
         try:
             self._history.refresh()
         except HimError as error:
@@ -81,7 +87,8 @@ class Fsck:
         if told is not None and told.seq == live.seq and told != live:
             fix = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
             self._faults["catalog", "cache"] = Fault("catalog", "cache/projection.sqlite", "differs from the log", fix)
-        packs = sorted((told or live).packs, key=lambda pack: pack.name)
+        there = (pack for pack in (told or live).packs if not pack.removed)
+        packs = sorted(there, key=lambda pack: pack.name)
         size = 0
         for number, pack in enumerate(packs):
             self._progress(number, len(packs), pack.name)
@@ -91,7 +98,7 @@ class Fsck:
             self._progress(number, len(snapshots), "snapshots")
             self._snapshot(found)
         self._refs(snapshots)
-        return FsckReport(tuple(self._faults.values()), 0, 0, len(self._tiles), len(packs), size)
+        return FsckReport(tuple(self._faults.values()), len(self._expired), 0, len(self._tiles), len(packs), size)
 
     # -- the log
 
@@ -250,6 +257,7 @@ class Fsck:
     # -- what snapshots reach
 
     def _snapshot(self, found: Snapshot) -> None:
+        expiry = Expiry(self._store.expired)
         roots = [(found.directory, found.snapshot_id)]
         roots += [(parent.directory, parent.snapshot_id) for parent in found.parents]
         for root, name in roots:
@@ -257,6 +265,9 @@ class Fsck:
                 for key, blob, origin in self._cells(frame, name):
                     self._tiles.add((blob, origin))
                     if blob in self._damaged or not self._store.has(blob):
+                        if blob not in self._damaged and expiry.covers_one(frame.stream, origin):
+                            self._expired.add((blob, origin))
+                            continue
                         what = "damaged" if blob in self._damaged else "missing"
                         self._fault(
                             IntegrityError(f"tile is {what}", object=f"{name} {key}", place=self._store.place(blob))

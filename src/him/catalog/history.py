@@ -20,6 +20,7 @@ from him.catalog.changes import FrameChange
 from him.catalog.checkpoint import Fold
 from him.catalog.group import Begun, Queue, Request
 from him.catalog.lease import Lease, Leases
+from him.catalog.retention import held, rules
 from him.config import CHECKPOINT_RECORDS, STREAMS
 from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, SealedError, UsageError
 from him.ports import Clock, CommitLog, Memo, Projection, Rng
@@ -38,6 +39,7 @@ from him.types import (
     PackRange,
     Parent,
     RefSet,
+    RetentionSet,
     Sealed,
     Snapshot,
     SnapshotDropped,
@@ -249,8 +251,9 @@ class History:
             StorageError: the disk refused; nothing of the batch is visible.
         """
         request = Request(target, changes, begun)
-        self._store.sync_ahead()
-        self._queue.pass_through(request, self._lead)
+        with begun.lease:
+            self._store.sync_ahead()
+            self._queue.pass_through(request, self._lead)
         self._checkpoint()
         return request.outcome()
 
@@ -295,6 +298,21 @@ class History:
 
         self.append(build)
 
+    def set_retention(self, stream: str, task: str, ttl_s: int) -> None:
+        """Keep a stream's tiles (of one task's snapshots) for so long: 0 for ever; negative takes the rule back.
+
+        Raises:
+            NotFoundError: no such stream.
+        """
+        self.refresh()
+        self.stream(stream)
+        self.append(lambda: [RetentionSet(stream, task, ttl_s)])
+
+    def retention(self) -> dict[tuple[str, str], int]:
+        """All rules that hold: (stream, task or "") → seconds."""
+        self.refresh()
+        return rules([*STREAMS.values(), *self._projection.streams().values()], self._projection.retention())
+
     def set_attribute(self, name: str, key: str, value: str | None) -> None:
         """Set (or, with None, remove) a key-value pair on a snapshot."""
         if not key:
@@ -325,11 +343,17 @@ class History:
         """Stop listing a snapshot; its bytes stay until garbage collection.
 
         Raises:
-            ConflictError: a branch or tag names it. (A child may outlive it: its pages are its own.)
+            ConflictError: a branch or tag names it, or a legal hold is on it. (A child may outlive it: its pages are
+                its own.)
         """
         found = self.snapshot(name)
 
         def build() -> Sequence[Operation]:
+            if held(self.snapshot(found.snapshot_id)):
+                raise ConflictError(
+                    "a legal hold is on the snapshot", object=found.snapshot_id,
+                    fix=f"release it first: `him snap hold {found.snapshot_id} --release`",
+                )  # fmt: skip
             holders = [ref for ref, (_, held) in self._projection.refs().items() if held == found.snapshot_id]
             if holders:
                 raise ConflictError(

@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from him.errors import NotFoundError, UsageError
+from him.catalog.retention import Expiry
+from him.errors import ExpiredError, IntegrityError, NotFoundError, UsageError
 from him.ports import Memo
 from him.pyramid import directory, levels, update
 from him.pyramid.levels import Scratch
@@ -99,21 +100,46 @@ class SnapshotReader:
         Raises:
             NotFoundError: nothing was put there.
             IntegrityError: the stored bytes are damaged; the message names the tile and the place.
+            ExpiredError: retention has let it, or something below it, go.
         """
-        entry = self.present(key)
-        if key.level == 0 or self._store.has(entry.blob_id):
-            return self._store.read_tile(entry.blob_id)
-        scratch = Scratch(self._store)
-        levels.tile(scratch, _Forgetful(), self.frame(key.stream, key.frame), key.level, key.y, key.x)
-        return scratch.read_tile(entry.blob_id)
+        with self._expiring([key]):
+            entry = self.present(key)
+            if key.level == 0 or self._store.has(entry.blob_id):
+                return self._store.read_tile(entry.blob_id)
+            scratch = Scratch(self._store)
+            levels.tile(scratch, _Forgetful(), self.frame(key.stream, key.frame), key.level, key.y, key.x)
+            return scratch.read_tile(entry.blob_id)
+
+    @contextmanager
+    def _expiring(self, keys: Sequence[TileKey]) -> Generator[None]:
+        """What is missing because retention has let it go is expired, not damaged."""
+        try:
+            yield
+        except IntegrityError as error:
+            for key in keys:
+                if self._gone(key):
+                    raise ExpiredError("the tile was let go by its stream's retention", object=str(key)) from error
+            raise
+
+    def _gone(self, key: TileKey) -> bool:
+        """Whether a tile that retention lets go lies at, or below, a place and is missing."""
+        expiry = Expiry(self._store.expired)
+        if not expiry.touches(key.stream):
+            return False
+        frame, side = self.frame(key.stream, key.frame), 1 << key.level
+        cells = update.scan(self._store, frame.root, frame.root_height, Box(key.x * side, key.y * side, side, side))
+        return any(
+            expiry.covers_one(key.stream, found.origin) and not self._store.has(found.blob_id) for *_, found in cells
+        )
 
     def tiles(self, keys: Sequence[TileKey]) -> list[Array | bytes]:
         """`tile` of each key, in the order asked for; level 0 is read in the order it lies in, on several threads."""
-        self._bring_pages(keys)
-        entries = [self.present(key) for key in keys]
-        stored = [at for at, key in enumerate(keys) if key.level == 0 or self._store.has(entries[at].blob_id)]
-        found = dict(zip(stored, self._store.read_tiles([entries[at].blob_id for at in stored]), strict=True))
-        return [found[at] if at in found else self.tile(key) for at, key in enumerate(keys)]
+        with self._expiring(keys):
+            self._bring_pages(keys)
+            entries = [self.present(key) for key in keys]
+            stored = [at for at, key in enumerate(keys) if key.level == 0 or self._store.has(entries[at].blob_id)]
+            found = dict(zip(stored, self._store.read_tiles([entries[at].blob_id for at in stored]), strict=True))
+            return [found[at] if at in found else self.tile(key) for at, key in enumerate(keys)]
 
     @contextmanager
     def view(self, key: TileKey) -> Generator[Array | bytes]:
@@ -122,22 +148,29 @@ class SnapshotReader:
         if key.level and not self._store.has(entry.blob_id):
             yield self.tile(key)
             return
-        with self._store.view(entry.blob_id) as values:
+        with self._expiring([key]), self._store.view(entry.blob_id) as values:
             yield values
 
     def meta(self, key: TileKey) -> TileMeta:
-        """What is known of a tile without its values. Raises NotFoundError."""
+        """What is known of a tile without its values; one that retention has let go takes 0 bytes.
+
+        Raises:
+            NotFoundError: nothing was put there.
+        """
         entry = self.present(key)
         frame = self.frame(key.stream, key.frame)
-        found = self._store.read(entry.blob_id)
-        shape, dtype = codec.shape_and_dtype(found.meta)
-        parent = None
-        if found.delta_depth:
-            parent = tile_id_text(tile_id(key, self._store.read(found.delta_base).origin, found.delta_base))
+        plain = frame if key.level else msgspec.structs.replace(frame, level_rule="none")
+        shape, dtype, parent, size = levels.shape_at(plain, key.level, key.y, key.x), frame.dtype, None, 0
+        if self._store.has(entry.blob_id) or not self._gone(key):
+            found = self._store.read(entry.blob_id)
+            shape, dtype = codec.shape_and_dtype(found.meta)
+            if found.delta_depth:
+                parent = tile_id_text(tile_id(key, self._store.read(found.delta_base).origin, found.delta_base))
+            size = self._store.size_of(entry.blob_id)
         return TileMeta(
             tile_id_text(tile_id(key, entry.origin, entry.blob_id)), key.stream, key.frame,
             snapshot_id(entry.origin), key.level, key.x, key.y, shape, dtype, parent, frame.halo,
-            entry.blob_id.hex(), self._store.size_of(entry.blob_id),
+            entry.blob_id.hex(), size,
         )  # fmt: skip
 
     def keys(self, stream: str, name: str, window: Box | None = None) -> Iterator[TileKey]:

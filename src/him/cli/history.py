@@ -31,7 +31,7 @@ def register(program: typer.Typer) -> None:
         "branch",
         ["him branch", "him branch experiment --from main", "him branch experiment --delete"],
     )(branch)
-    snap = group(program, "snap", "Snapshots: create, seal, list, show, diff, delete, tag.")
+    snap = group(program, "snap", "Snapshots: create, seal, list, show, diff, delete, hold, tag.")
     command(
         snap,
         "create",
@@ -43,6 +43,12 @@ def register(program: typer.Typer) -> None:
     command(snap, "show", ["him snap show main", "him snap show main --json"], within="snap")(show)
     command(snap, "diff", ["him snap diff main experiment"], within="snap")(diff)
     command(snap, "delete", ["him snap delete snp_01JD0Q4M8R3V5X7Z9B1C3D5F7H"], within="snap")(delete)
+    command(
+        snap,
+        "hold",
+        ["him snap hold main --reason 'case 17'", "him snap hold main --release"],
+        within="snap",
+    )(hold)
     command(
         snap,
         "tag",
@@ -295,6 +301,30 @@ def delete(context: typer.Context, name: NameArgument, repo: RepoOption = None, 
         known = repository.snapshot(name).id
         repository.delete_snapshot(name)
     session.json({"deleted": known}) if json else session.say(f"deleted {known}")
+
+
+def hold(
+    context: typer.Context,
+    snapshot: Annotated[str, typer.Argument(help="Branch, tag or id.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why it must be kept.")] = "",
+    release: Annotated[bool, typer.Option("--release", help="Take the hold back.")] = False,
+    repo: RepoOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Put a legal hold on a snapshot: it cannot be deleted, and retention lets nothing of it go."""
+    if bool(reason) == release:
+        raise UsageError("give either --reason or --release")
+    session = session_of(context)
+    with session.repository(repo) as repository:
+        held = repository.snapshot(snapshot).id
+        if release:
+            repository.release_hold(held)
+        else:
+            repository.hold(held, reason)
+    if json:
+        session.json({"snapshot_id": held, "hold": reason or None})
+    else:
+        session.say(f"{held} is {'free' if release else 'held'}")
 
 
 def tag(

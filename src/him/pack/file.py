@@ -37,6 +37,11 @@ class PackWriter:
         """Where the next record will begin."""
         return self._end
 
+    @property
+    def start(self) -> int:
+        """Where the range that is being written begins."""
+        return self._start
+
     def append(self, drafts: Sequence[layout.Draft]) -> list[tuple[int, int]]:
         """Write records one after the other in one go; (offset, size) of each.
 

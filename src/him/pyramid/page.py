@@ -7,6 +7,9 @@ entries in bit order: blob_id and origin (48 bytes) for cells, a page hash (32 b
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Protocol, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from him.config import PAGE_SIDE
 from him.errors import IntegrityError
 from him.tile.address import KIND_PAGE
@@ -80,6 +83,10 @@ class Page:
             yield low.bit_length() - 1, self._payload[at : at + self._size]
             at += self._size
             bits ^= low
+
+    def entries(self) -> NDArray[np.uint8]:
+        """The raw entries of what is present (n, 48 or 32), in slot order."""
+        return np.frombuffer(self._payload, dtype=np.uint8, offset=_HEAD).reshape(-1, self._size)
 
     def edited(self, changes: Sequence[tuple[int, bytes | None]]) -> bytes:
         """Payload of the page after setting (or, with None, removing) slots; nothing when no slot is left."""

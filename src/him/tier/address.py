@@ -144,6 +144,10 @@ class AddressIndex:
                 return found
         return None
 
+    def relied(self, blob: BlobId, avoid: Set[int]) -> bool:
+        """Whether a blob lies in a pack that may be relied on and is none of `avoid`."""
+        return self._found(blob, self.removed | self.condemned | avoid) is not None
+
     def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
         """Whether each blob is in no pack that may be relied on: for many blobs at once far cheaper than `find`."""
         avoid = self.removed | self.condemned

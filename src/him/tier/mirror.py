@@ -342,6 +342,11 @@ class Mirror:
             self._cold.delete([path])
             self._keep_receipt(Receipt(path, 0, ""))
 
+    def resident(self, path: str) -> NDArray[np.bool_] | None:
+        """Which extents of a pack are here, as far as is known; None for one that the cold tier does not hold."""
+        pack = self.pack(path) if self.holds(path) else None
+        return None if pack is None else pack.here.copy()
+
     @property
     def held(self) -> _Names:
         """The packs that the cold tier holds."""

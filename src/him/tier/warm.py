@@ -2,15 +2,14 @@
 
 import math
 import os
-import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,7 +20,6 @@ from him.config import (
     BATCHES_AHEAD,
     BUFFER_FROM_BYTES,
     BUFFER_GRAIN_BYTES,
-    BUFFERS_KEPT_BYTES,
     CHUNKS_FROM_BYTES,
     DELTA_FROM_BYTES,
     OPEN_PACKS_MAX,
@@ -32,12 +30,13 @@ from him.config import (
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
 )
-from him.errors import BusyError, HimError, IntegrityError, NotFoundError
+from him.errors import BusyError, HimError, IntegrityError, NotFoundError, UnavailableError
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
 from him.ports import Disk, File, Projection, Rng
 from him.tier.address import AddressIndex, Location
+from him.tier.kept import Buffers, Recent
 from him.tier.mirror import Mirror
 from him.tile import chunks, codec, delta
 from him.tile.address import KIND_TILE, blob_id
@@ -86,66 +85,12 @@ class _Change(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """A tile's record and those of its chunks; none when it is stored already."""
+    """A tile's record and those of its chunks; none when it is stored already, and so that it can be relied on."""
 
     blob_id: BlobId
     drafts: list[Draft]
-
-
-class _Buffers:
-    """Memory for large records, used again once nothing refers to it any more."""
-
-    def __init__(self) -> None:
-        self._kept: list[NDArray[np.uint8]] = []
-        self._lock = threading.Lock()
-
-    def take(self, size: int) -> memoryview:
-        """A writable view of `size` bytes; its memory is free again when the last reference to it goes."""
-        with self._lock:
-            # The one that was free last is the likeliest to be in the processor's cache.
-            for at in reversed(range(len(self._kept))):
-                buffer = self._kept[at]
-                # The list's reference, this loop's, and getrefcount's own.
-                if size <= buffer.size <= 2 * size and sys.getrefcount(buffer) <= 3:
-                    self._kept.append(self._kept.pop(at))
-                    return buffer.data[:size]
-            fresh = np.empty(layout.aligned(size, BUFFER_GRAIN_BYTES), dtype=np.uint8)
-            self._kept.append(fresh)
-            while sum(buffer.size for buffer in self._kept) > BUFFERS_KEPT_BYTES:
-                self._kept.pop(0)
-            return fresh.data[:size]
-
-
-class _Recent(Generic[_K, _T]):
-    """What was used last, in two generations: a hit takes no lock and moves nothing."""
-
-    def __init__(self, room_bytes: int) -> None:
-        self._half = room_bytes // 2
-        self.young: dict[_K, tuple[_T, int]] = {}
-        self._old: dict[_K, tuple[_T, int]] = {}
-        self._young_bytes = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: _K) -> _T | None:
-        """What was kept, or None."""
-        found = self.young.get(key)
-        if found is None and (found := self._old.get(key)) is not None:
-            self.put(key, *found)
-        return None if found is None else found[0]
-
-    def put(self, key: _K, value: _T, size: int) -> None:
-        """Keep a value of `size` bytes; when the young fill half of the room, old ones nobody asked for go."""
-        with self._lock:
-            if key not in self.young:
-                self._young_bytes += size
-            self.young[key] = (value, size)
-            if self._young_bytes > self._half:
-                self._old, self.young, self._young_bytes = self.young, {}, 0
-
-    def clear(self) -> None:
-        """Forget all."""
-        with self._lock:
-            self.young, self._old, self._young_bytes = {}, {}, 0
+    anew: bool = False
+    """There is a record of it, which leads nowhere any more."""
 
 
 class WarmStore:
@@ -179,11 +124,11 @@ class WarmStore:
         self._syncing = threading.RLock()
         self._spoiled: set[str] = set()
         # Verified payloads as they were written or read, and what they were parsed into.
-        self._pages = _Recent[bytes, bytes](PAGE_CACHE_BYTES // 4)
-        self._parsed = _Recent[bytes, Any](PAGE_CACHE_BYTES)
-        self.leaves = _Recent[tuple[bytes, int, int], Any](PAGE_CACHE_BYTES // 2)
+        self._pages = Recent[bytes, bytes](PAGE_CACHE_BYTES // 4)
+        self._parsed = Recent[bytes, Any](PAGE_CACHE_BYTES)
+        self.leaves = Recent[tuple[bytes, int, int], Any](PAGE_CACHE_BYTES // 2)
         """Parsed leaves by root, row and column: who knows the place need not go from the root, as in a TLB."""
-        self._buffers = _Buffers()
+        self._buffers = Buffers()
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.RLock()
         # One batch is appended at a time, while others read.
@@ -194,6 +139,8 @@ class WarmStore:
         """Pages and directory nodes among them."""
         self.epoch = 0
         """Grows when appended blobs are forgotten: a batch that spans such a moment must not commit."""
+        self.expired: Mapping[tuple[str, str], int] = {}
+        """What retention has let go: (stream, snapshot id or "") → tiles of snapshots opened before (ns)."""
         self._released = 0
         self._condemned: dict[str, int] = {}
         self.target_bytes: int | None = None
@@ -338,13 +285,28 @@ class WarmStore:
         Args:
             replaced: the tile whose place it takes; it is stored as a change of that where this is small.
         """
-        drafts = self._drafts(tile, origin, replaced) if self._missing([tile.blob_id])[0] else []
-        return Prepared(tile.blob_id, drafts)
+        if self._missing([tile.blob_id])[0]:
+            return Prepared(tile.blob_id, self._drafts(tile, origin, replaced))
+        if self.keeps(tile.blob_id):
+            return Prepared(tile.blob_id, [])
+        # No delta: of two records the less deep one counts.
+        return Prepared(tile.blob_id, self._drafts(tile, origin, None), anew=True)
+
+    def keeps(self, blob: BlobId) -> bool:
+        """Whether a tile is stored, with all it is made of, where it can be relied on.
+
+        What nothing refers to may have lost its base, or its chunks, with a pack that was removed.
+        """
+        if self._missing([blob])[0]:
+            return False
+        whole = not (self._addresses.removed or self._addresses.condemned)
+        return whole or all(self.keeps(part) for part in self.parts(blob))
 
     def put_prepared(self, tiles: Sequence[Prepared]) -> int:
         """Append the tiles that are not there yet, their chunks first; how many were written."""
         self._put([chunk for tile in tiles for chunk in tile.drafts[1:]])
-        return self._put([tile.drafts[0] for tile in tiles if tile.drafts])
+        again = self._put([tile.drafts[0] for tile in tiles if tile.anew], anew=True)
+        return again + self._put([tile.drafts[0] for tile in tiles if tile.drafts and not tile.anew])
 
     def buffer(self, size: int) -> memoryview:
         """Writable memory, free again when the last reference to it goes: `codec.encode_array` copies into it."""
@@ -389,6 +351,42 @@ class WarmStore:
             BusyError: one is in no pack any more.
         """
         return sum(self._relied(blob) for blob in blobs)
+
+    def only_in(self, blobs: Sequence[BlobId], packs: Set[str]) -> list[BlobId]:
+        """Which blobs lie in no pack but condemned ones and `packs`."""
+        with self._lock:
+            avoid = frozenset(self._numbers[name] for name in packs)
+            return [blob for blob in blobs if blob not in self._pending and not self._addresses.relied(blob, avoid)]
+
+    def rows(self, named: PackRange | PackFinished) -> layout.Rows:
+        """What a range or a finished pack holds. Raises IntegrityError, also where only its list is damaged."""
+        file = self._file(named.pack)
+        try:
+            return read_index(file, named) if isinstance(named, PackRange) else read_footer(file, named)
+        except IntegrityError:
+            if not self.mend(named.pack):
+                raise
+            return read_index(file, named) if isinstance(named, PackRange) else read_footer(file, named)
+
+    def remove(self, name: str) -> bool:
+        """Remove a pack that a record says is gone, from both tiers; False when the cold tier has it still."""
+        if self._mirror is None:
+            self.disk.remove(name)
+            return True
+        try:
+            self._mirror.drop(name)
+        except UnavailableError:
+            return False
+        return True
+
+    def lingers(self, name: str) -> bool:
+        """Whether a pack that is gone has left something behind."""
+        here = name.removeprefix(f"{PACK_FOLDER}/") in self.disk.list(PACK_FOLDER)
+        return here or (self._mirror is not None and self._mirror.holds(name))
+
+    def resident(self, name: str) -> NDArray[np.bool_] | None:
+        """Which extents of a pack are on this disk; None for a pack that is nowhere else."""
+        return None if self._mirror is None else self._mirror.resident(name)
 
     @property
     def condemned(self) -> int:
@@ -463,7 +461,7 @@ class WarmStore:
         with self._syncing:
             with self._appending, self._lock:
                 writer = self._writer
-                if writer is None or not self._pending:
+                if writer is None or writer.end == writer.start:
                     return None
                 try:
                     closed = writer.close_range()
@@ -481,8 +479,10 @@ class WarmStore:
         with self._lock:
             self.refresh()
             # What another thread has put since the range was closed waits for its own.
-            find = self._addresses.find
-            self._pending = {blob: at for blob, at in self._pending.items() if find(BlobId(blob)) is None}
+            name, start = ("", 0) if self._writer is None else (self._writer.name, self._writer.start)
+            self._pending = {
+                blob: (pack, at) for blob, (pack, at) in self._pending.items() if pack == name and at.offset >= start
+            }
 
     def finish_if_large(self, *, now: bool = False) -> tuple[PackRange | PackFinished, ...]:
         """Give the writer's pack its footer once it is large, or of many ranges; the next write opens another.
@@ -566,6 +566,7 @@ class WarmStore:
             self._addresses.drop()
             self._addresses = AddressIndex(self.disk)
             self._addresses_loaded = self._addresses_sound = False
+            self._released, self._condemned = 0, {}
 
     def close(self) -> None:
         """Release every file and lock; what the next opening would read from many index records is kept for it."""
@@ -646,9 +647,18 @@ class WarmStore:
         try:
             return work(*self._place(blob))
         except IntegrityError:
-            if not self._mended():
+            # Its pack may be gone since this store last looked, and the record lie in another.
+            if not (self._caught_up() or self._mended()):
                 raise
         return work(*self._place(blob))
+
+    def _caught_up(self) -> bool:
+        """Learn what the projection knows already; whether that was anything."""
+        with self._lock:
+            if self._addresses.position >= self._projection.position()[0]:
+                return False
+            self.refresh()
+            return True
 
     def _values(self, blob: BlobId, found: Blob) -> Values:
         try:
@@ -858,33 +868,51 @@ class WarmStore:
             else:
                 self._condemned[name] = condemned
         self._addresses.condemned = frozenset(self._numbers[name] for name in self._condemned)
+        self.expired = self._projection.expired()
         self._released = head
 
     def _relied(self, blob: BlobId) -> int:
-        found = self._pending.get(blob)
-        if found is None and self._missing([blob])[0]:
-            try:
-                payload = self.payload(blob)
-                meta, origin = (read := self.read(blob)).meta, read.origin
-            except IntegrityError as error:
-                raise BusyError(
-                    "what this batch shares was removed meanwhile", object=blob.hex(), fix="write the batch again"
-                ) from error
-            tile = codec.encode_payload(meta, payload)
-            whole = Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, len(tile.payload), origin)
-            return self._put([whole], anew=True)
-        return sum(self._relied(part) for part in self.parts(blob))
+        if not self._missing([blob])[0]:
+            return sum(self._relied(part) for part in self.parts(blob))
+        try:
+            found = self.read(blob)
+            tile = codec.encode_payload(found.meta, self.payload(blob))
+        except IntegrityError as error:
+            raise BusyError(
+                "what this batch shares was removed meanwhile", object=blob.hex(), fix="write the batch again"
+            ) from error
+        whole = Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, len(tile.payload), found.origin)
+        return self._put([whole], anew=True)
 
     def parts(self, blob: BlobId) -> list[BlobId]:
         """What a tile's record is made of: the base of a delta, the chunks of a document. Only headers are read."""
-        name, at = self._place(blob)
-        head = layout.decode_header(self._file(name).read_at(at.offset, layout.RECORD_HEADER_BYTES), name)
+        head = self._located(blob, partial(self._header, blob))
         if head.delta_depth:
             return [BlobId(head.delta_base)]
         if head.codec == CHUNKS:
             found = self.read(blob)
             return [BlobId(chunk.blob_id) for chunk in chunks.decode_list(found.stored, found.raw_size)]
         return []
+
+    def _header(self, blob: BlobId, name: str, at: Location) -> layout.RecordHeader:
+        """A record's verified header; its payload is not read unless the header is damaged and has to be healed."""
+        file, place = self._file(name), f"{name} @ {at.offset}"
+
+        def look() -> layout.RecordHeader | None:
+            data = file.read_at(at.offset, layout.RECORD_HEADER_BYTES)
+            with suppress(IntegrityError):
+                head = layout.decode_header(data, place)
+                data = file.read_at(at.offset, layout.RECORD_HEADER_BYTES + head.meta_size)
+                return head if layout.header_verifies(data) and head.blob_id == blob else None
+            return None
+
+        found = look()
+        if found is None:
+            self._read(blob, name, at)
+            found = look()
+        if found is None:
+            raise IntegrityError("a record's header is damaged", object=blob.hex(), place=place)
+        return found
 
     def _learn_names(self) -> None:
         """Packs are numbered by rank in the log; address segments, loaded ones too, hold these numbers."""

@@ -1,0 +1,405 @@
+"""Garbage collection and compaction: what nothing refers to any more is let go, a pack at a time.
+
+Collecting marks what is referred to, copies it out of packs that hold little else, condemns these packs by a log
+record, and removes them once nobody reads under an older lease (docs/design/011-garbage.md). It runs beside readers
+and writers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from him.catalog import retention
+from him.catalog.history import History
+from him.catalog.retention import Expiry
+from him.config import COLLECT_COPY_BYTES, STREAMS
+from him.errors import NotFoundError
+from him.pack import format as layout
+from him.ports import Clock, Projection
+from him.pyramid import directory, levels, page
+from him.tier.warm import PACK_FOLDER, WarmStore
+from him.tile.address import KIND_COMPANION
+from him.types import (
+    BlobId,
+    Frame,
+    LiveState,
+    Operation,
+    PackCondemned,
+    PackFinished,
+    PackRemoved,
+    PackState,
+    TilesExpired,
+)
+
+Progress = Callable[[int, int, str], None]
+Roots = Callable[[], Iterable[bytes]]
+"""Directories that are read without any snapshot naming them: those of traces."""
+_NAME: Final = 8
+"""Bytes of a blob_id by which it is known to be in use: one that is mistaken for it is only kept longer."""
+
+
+class Collected(msgspec.Struct, frozen=True):
+    """What a collection did."""
+
+    live_bytes: int
+    """Of records that something refers to."""
+    dead_bytes: int
+    """Of all other records, before."""
+    packs: int
+    """Before, those apart that are condemned already."""
+    condemned_packs: int
+    copied_bytes: int
+    """What was copied out of the condemned packs."""
+    removed_packs: int
+    freed_bytes: int
+    """The size of the packs that were removed."""
+    waiting_packs: int
+    """Condemned, and not removed because of a reader or writer that began before."""
+    orphan_packs: int
+    """Files no record ever named, which were removed."""
+    expired: tuple[str, ...] = ()
+    """Streams of which tiles were let go."""
+
+
+class Choice(NamedTuple):
+    """Which packs to give up."""
+
+    dead_share: float
+    """From which share of dead bytes on."""
+    small_bytes: int = 0
+    """Below this size too, where there are several."""
+
+
+class Marks:
+    """The blobs that directories refer to, and what these are made of. Pages visited once are not read again."""
+
+    def __init__(self, store: WarmStore, expiry: Expiry) -> None:
+        self._store, self._expiry = store, expiry
+        self._seen: set[tuple[str, bytes]] = set()
+        self._nodes: set[bytes] = set()
+        self._fresh: list[NDArray[np.uint64]] = []
+        self._known: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
+        self._documents: list[bytes] = []
+
+    def directory(self, root: bytes, *, held: bool = False) -> None:
+        """Mark all that a directory reaches; held, what retention has let go too."""
+        if not root or not self._visit("held" if held else "", root):
+            return
+        node = directory.children(self._store, root)
+        if not isinstance(node, tuple):
+            for child, _ in node.values():
+                self.directory(child, held=held)
+            return
+        for frame in node:
+            if frame.root:
+                expiring = not held and self._expiry.touches(frame.stream)
+                self._page(frame, frame.root, frame.root_height, frame.stream if expiring else "")
+
+    def parts(self, rows: Mapping[str, layout.Rows]) -> None:
+        """Mark what marked tiles are made of: bases of deltas (told by the packs' rows) and chunks of documents."""
+        found = self._documents
+        self._documents = []
+        for held in rows.values():
+            deep = held[held["depth"] > 0]
+            found += [blob.tobytes() for blob in deep["blob"][self.has(deep)]]
+        while found:
+            blob = found.pop()
+            if self._visit("parts", blob):
+                made_of = self._store.parts(BlobId(blob))
+                self._mark(made_of)
+                found += made_of
+
+    def companions(self, rows: Mapping[str, layout.Rows]) -> None:
+        """Mark the levels above marked pages, with the tiles that are stored for them."""
+        for held in rows.values():
+            for blob in held["blob"][held["kind"] == KIND_COMPANION]:
+                name = BlobId(blob.tobytes())
+                if self._visit("companion", name):
+                    found = levels.decode(self._store, name)
+                    if found.page in self._nodes:
+                        self._mark([name, *(tile for level in found.levels for _, tile in level)])
+
+    def has(self, rows: layout.Rows) -> NDArray[np.bool_]:
+        """Which rows are of marked blobs."""
+        if self._fresh:
+            self._known = np.unique(np.concatenate([self._known, *self._fresh]))
+            self._fresh = []
+        if not len(self._known):
+            return np.zeros(len(rows), dtype=np.bool_)
+        names = _names(rows["blob"])
+        at = np.minimum(self._known.searchsorted(names), len(self._known) - 1)
+        return self._known[at] == names
+
+    def _page(self, frame: Frame, blob: bytes, height: int, expiring: str) -> None:
+        # The same page may stand in a stream that lets go and in one that does not, in documents and in arrays.
+        if not self._visit(f"{frame.content}:{expiring}", blob):
+            return
+        raw = page.load(self._store, blob, height).entries()
+        if height:
+            for child in raw:
+                self._page(frame, child.tobytes(), height - 1, expiring)
+            return
+        if expiring:
+            raw = raw[~self._expiry.covers(expiring, raw[:, 32:])]
+        self._fresh.append(_names(raw[:, :32]))
+        if frame.content == "bytes":
+            self._documents += [row.tobytes() for row in raw[:, :32]]
+
+    def _visit(self, how: str, blob: bytes) -> bool:
+        if (how, blob) in self._seen:
+            return False
+        self._seen.add((how, blob))
+        if how not in ("parts", "companion"):
+            self._nodes.add(blob)
+            self._mark([blob])
+        return True
+
+    def _mark(self, blobs: Sequence[bytes]) -> None:
+        if blobs:
+            self._fresh.append(_names(np.frombuffer(b"".join(blobs), dtype=np.uint8).reshape(-1, 32)))
+
+
+class Collector:
+    """One collection in a repository."""
+
+    def __init__(
+        self, history: History, projection: Projection, store: WarmStore, clock: Clock, roots: Roots,
+        progress: Progress | None = None,
+    ) -> None:  # fmt: skip
+        self._history, self._projection, self._store, self._clock = history, projection, store, clock
+        self._roots = roots
+        self._progress = progress or _silent
+
+    def run(self, choice: Choice, *, dry_run: bool = False) -> Collected:
+        """Mark, copy, condemn, remove. What was done until an error stays done; run again, it goes on.
+
+        Args:
+            dry_run: only count.
+
+        Raises:
+            IntegrityError: something that is referred to is missing or damaged: nothing is removed before it is mended.
+            StorageError, UnavailableError: the disk or the cold tier refused.
+        """
+        expired = () if dry_run else self._expire()
+        if not dry_run:
+            while self._history.adopt_pack():
+                self._history.finish_pack()
+        with self._history.lease():
+            self._history.refresh()
+            live = self._projection.state()
+            rows = self._rows(live)
+            marks = Marks(self._store, Expiry(self._projection.expired()))
+            self._mark(marks, live, rows)
+            used = {name: int(_sizes(held[marks.has(held)]).sum()) for name, held in rows.items()}
+            total = {name: int(_sizes(held).sum()) for name, held in rows.items()}
+            staying = {pack.name: pack for pack in live.packs if not pack.condemned and not pack.removed}
+            packs = {name: pack.finished for name, pack in staying.items() if pack.finished}
+            victims = [] if dry_run else chosen(packs, used, total, choice)
+            copied = self._give_up(marks, victims, rows, live.seq) if victims else 0
+        live_bytes = sum(used[name] for name in staying)
+        found = Collected(
+            live_bytes, sum(total[name] for name in staying) - live_bytes, len(staying), len(victims), copied,
+            0, 0, 0, 0, tuple(expired),
+        )  # fmt: skip
+        return found if dry_run else self._removed(found)
+
+    # -- retention
+
+    def _expire(self) -> Sequence[str]:
+        """Let go what has come of age; the streams."""
+        streams: list[str] = []
+
+        def build() -> Sequence[Operation]:
+            declared = [*STREAMS.values(), *self._projection.streams().values()]
+            rules = retention.rules(declared, self._projection.retention())
+            snapshots = list(self._projection.snapshots())
+            due = list(retention.due(rules, self._projection.expired(), snapshots, self._clock.now_ns()))
+            streams.extend(sorted({one.stream for one in due if isinstance(one, TilesExpired)}))
+            return due
+
+        self._history.append(build)
+        return streams
+
+    # -- marking
+
+    def _rows(self, live: LiveState) -> dict[str, layout.Rows]:
+        """What every pack holds that is there, in the order of their names."""
+        packs = [pack for pack in live.packs if not pack.removed]
+        rows: dict[str, layout.Rows] = {}
+        for number, pack in enumerate(sorted(packs, key=lambda one: one.name)):
+            self._progress(number, len(packs), "reading what packs hold")
+            rows[pack.name] = self._held(pack)
+        return rows
+
+    def _held(self, pack: PackState) -> layout.Rows:
+        if pack.finished is not None:
+            return self._store.rows(pack.finished)
+        parts = [self._store.rows(named) for _, named in pack.ranges]
+        return np.concatenate(parts) if parts else layout.rows_of([])
+
+    def _mark(self, marks: Marks, live: LiveState, rows: Mapping[str, layout.Rows], *, companions: bool = True) -> None:
+        """Everything that may be read: what snapshots hold and began with, and what traces name."""
+        # The held first: what they reach is kept whole.
+        for number, (_, found) in enumerate(sorted(live.snapshots, key=lambda one: not retention.held(one[1]))):
+            self._progress(number, len(live.snapshots), "marking")
+            held = retention.held(found)
+            for root in (found.directory, *(parent.directory for parent in found.parents)):
+                marks.directory(root, held=held)
+        for root in self._roots():
+            marks.directory(root)
+        if companions:  # Else what lacks is derived when it is asked for.
+            marks.companions(rows)
+        marks.parts(rows)
+
+    # -- giving packs up
+
+    def _give_up(self, marks: Marks, victims: Sequence[str], rows: Mapping[str, layout.Rows], since: int) -> int:
+        """Copy what is used out of packs, and condemn them; the bytes copied.
+
+        Args:
+            since: the record up to which `marks` and `rows` are complete.
+        """
+        avoid, copied = frozenset(victims), 0
+        for number, name in enumerate(victims):
+            self._progress(number, len(victims), "copying")
+            for batch in _batches(rows[name][marks.has(rows[name])]):
+                copied += self._store.copy(self._store.only_in(batch, avoid))
+                # Named at once: what was copied before a crash is found by the next collection.
+                self._history.append(lambda: (), blobs=True)
+
+        def build() -> Sequence[Operation]:
+            # What came since the packs were marked is marked now, when nothing more can come.
+            nonlocal copied
+            live = self._projection.state()
+            new = {pack.name: self._held(pack) for pack in live.packs if pack.seq > since and not pack.removed}
+            self._mark(marks, live, {**rows, **new}, companions=False)
+            # Another collection may have been faster.
+            still = [name for name in victims if not _state(live, name).condemned]
+            for name in still:
+                found = [BlobId(blob.tobytes()) for blob in rows[name]["blob"][marks.has(rows[name])]]
+                copied += self._store.copy(self._store.only_in(found, avoid))
+            return [PackCondemned(name) for name in still]
+
+        self._history.append(build)
+        self._history.finish_pack()
+        return copied
+
+    # -- removing
+
+    def _removed(self, found: Collected) -> Collected:
+        """Remove the condemned packs that nobody reads, then what crashes left."""
+        condemned = self._store.condemned_packs()
+        floor = min(self._history.leases.floors().values(), default=None)
+        free = [name for name, seq in condemned.items() if floor is None or floor >= seq]
+        sizes = {name: self._size(name) for name in free}
+        if free:
+            self._history.append(lambda: self._removing(free))
+        for number, name in enumerate(free):
+            self._progress(number, len(free), "removing")
+            self._store.remove(name)
+        orphans = self._orphans()
+        return msgspec.structs.replace(
+            found, removed_packs=len(free), freed_bytes=sum(sizes.values()), waiting_packs=len(condemned) - len(free),
+            orphan_packs=orphans,
+        )  # fmt: skip
+
+    def _removing(self, packs: Sequence[str]) -> Sequence[Operation]:
+        """The record that packs go, after what only traces that were just written refer to was copied."""
+        live = self._projection.state()
+        marks = Marks(self._store, Expiry(self._projection.expired()))
+        for root in self._roots():
+            marks.directory(root)
+        rows = {name: self._held(_state(live, name)) for name in packs if not _state(live, name).removed}
+        marks.parts(rows)
+        for held in rows.values():
+            found = [BlobId(blob.tobytes()) for blob in held["blob"][marks.has(held)]]
+            self._store.copy(self._store.only_in(found, frozenset()))
+        return [PackRemoved(name) for name in rows]
+
+    def _orphans(self) -> int:
+        """Remove files no record names or that one says are gone; how many of the former there were."""
+        self._history.refresh()
+        state = {pack.name: pack for pack in self._projection.state().packs}
+        for pack in state.values():
+            if pack.removed and self._store.lingers(pack.name):
+                self._store.remove(pack.name)
+        names = [f"{PACK_FOLDER}/{name}" for name in self._store.disk.list(PACK_FOLDER)]
+        return sum(self._orphaned(name) for name in names if name not in state)
+
+    def _orphaned(self, name: str) -> bool:
+        """Remove a file that no writer holds and no record names; whether it was one."""
+        try:
+            file = self._store.disk.open(name)
+        except NotFoundError:
+            return False
+        try:
+            if not file.lock(wait=False):
+                return False
+            # Its writer may have committed to it just before it died.
+            self._history.refresh()
+            if name in self._projection.packs(0):
+                return False
+            self._store.remove(name)
+            return True
+        finally:
+            file.close()
+
+    def _size(self, name: str) -> int:
+        try:
+            file = self._store.disk.open(name)
+        except NotFoundError:
+            return 0
+        try:
+            return file.size()
+        finally:
+            file.close()
+
+
+def chosen(
+    packs: Mapping[str, PackFinished], used: Mapping[str, int], total: Mapping[str, int], choice: Choice
+) -> list[str]:
+    """The packs to give up, oldest first: those that hold mostly what is dead, and small ones where there are several.
+
+    Args:
+        used, total: bytes of the records in each: those that something refers to, and all.
+    """
+    small = [name for name, pack in packs.items() if pack.size < choice.small_bytes]
+    if len(small) == 1:
+        small = []
+    dead = [name for name in packs if used[name] <= (1 - choice.dead_share) * total[name]]
+    given = {*small, *dead}
+    return [name for name in packs if name in given]
+
+
+def _batches(rows: layout.Rows) -> Iterator[list[BlobId]]:
+    """The rows' blobs in the order they lie in, COLLECT_COPY_BYTES at a time."""
+    batch, size = list[BlobId](), 0
+    rows = rows[np.argsort(rows["offset"])]
+    for blob, length in zip(rows["blob"], rows["length"].tolist(), strict=True):
+        batch.append(BlobId(blob.tobytes()))
+        size += length
+        if size >= COLLECT_COPY_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _names(blobs: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The first eight bytes of blob_ids (n, 32) as numbers."""
+    return np.ascontiguousarray(blobs[:, :_NAME]).view(np.uint64)[:, 0]
+
+
+def _sizes(rows: layout.Rows) -> NDArray[np.int64]:
+    return rows["length"].astype(np.int64)
+
+
+def _state(live: LiveState, name: str) -> PackState:
+    return next(pack for pack in live.packs if pack.name == name)
+
+
+def _silent(_done: int, _total: int, _what: str) -> None:
+    """No progress is shown."""
