@@ -1,11 +1,11 @@
 """Garbage collection, leases and retention, on real packs with a plain model beside."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import FakeClock, FakeRng, MemDisk, Stack
+from fakes import FakeClock, FakeRng, Faults, MemDisk, PowerLoss, Stack
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
@@ -23,12 +23,16 @@ from him.types import Frame, StreamSpec, TileKey
 
 SIDE = 64
 Tile = NDArray[np.uint8]
+NOISE = StreamSpec("noise", tile_height=SIDE, tile_width=SIDE, dtype="uint8")
+NOTE = StreamSpec("note", content="bytes", tile_height=1, tile_width=1)
 DAY_NS = 24 * 3600 * 1_000_000_000
 
 
-def fresh() -> MemDisk:
+def fresh(faults: Faults | None = None) -> MemDisk:
+    """A disk with an empty repository; its operations are counted from here on."""
     disk = MemDisk()
     FileLog.create(disk)
+    disk.faults = faults or Faults()
     return disk
 
 
@@ -51,8 +55,8 @@ def collect(stack: Stack, share: float = 0.01, small: int = 0, roots: Sequence[b
 @pytest.fixture
 def stack() -> Iterator[Stack]:
     made = Stack(fresh())
-    made.history.declare_stream(StreamSpec("noise", tile_height=SIDE, tile_width=SIDE, dtype="uint8"))
-    made.history.declare_stream(StreamSpec("note", content="bytes", tile_height=1, tile_width=1))
+    made.history.declare_stream(NOISE)
+    made.history.declare_stream(NOTE)
     yield made
     made.close()
 
@@ -242,7 +246,7 @@ def test_small_packs_are_joined(stack: Stack) -> None:
 
 def aged(path: Path, clock: FakeClock) -> him.Repository:
     repo = him.open(path, create=True, clock=clock)
-    repo.declare_stream(StreamSpec("noise", tile_height=SIDE, tile_width=SIDE, dtype="uint8"))
+    repo.declare_stream(NOISE)
     return repo
 
 
@@ -320,6 +324,138 @@ def test_a_tasks_rule_is_for_its_snapshots_alone(tmp_path: Path) -> None:
             repo.gc(dead_share=2)
 
 
+# -- failures
+
+Values = dict[tuple[str, int], Tile | bytes]
+
+
+def _put(values: Values) -> tuple[Callable[[Stack], object], Values]:
+    def work(stack: Stack) -> None:
+        for stream in sorted({stream for stream, _ in values}):
+            put(stack, {x: value for (own, x), value in values.items() if own == stream}, stream)
+
+    return work, values
+
+
+_CHANGED = noise(3).copy()
+_CHANGED[9, 9] ^= 255
+STEPS: list[tuple[Callable[[Stack], object], Values]] = [
+    (lambda stack: stack.history.declare_stream(NOISE), {}),
+    (lambda stack: stack.history.declare_stream(NOTE), {}),
+    _put({("noise", 0): noise(1), ("noise", 1): noise(2)}),
+    _put({("noise", 0): noise(3)}),
+    (lambda stack: collect(stack), {}),
+    _put({("noise", 0): _CHANGED}),
+    _put({("note", 0): document(1)}),
+    _put({("note", 0): document(2)}),
+    _put({("noise", 1): noise(1)}),
+    (lambda stack: collect(stack, 0.3), {}),
+    (lambda stack: stack.history.seal("main"), {}),
+    (lambda stack: collect(stack, 0.5, 1 << 30), {}),
+    _put({("noise", 2): noise(2)}),
+    (lambda stack: collect(stack, 0.01, 1 << 30), {}),
+]
+
+
+def after(done: int) -> Values:
+    model: Values = {}
+    for _, values in STEPS[:done]:
+        model |= values
+    return model
+
+
+def opened_again(disk: MemDisk, number: int) -> Stack:
+    return Stack(disk, rng=FakeRng(1000 + number), clock=FakeClock(1_800_000_000_000_000_000))
+
+
+def run_steps(disk: MemDisk, first: int = 0, stack: Stack | None = None) -> tuple[Stack | None, int, HimError | None]:
+    """Until one fails, or the power does (then there is no process left)."""
+    done = first
+    try:
+        if stack is None:
+            stack = Stack(disk)
+        for work, _ in STEPS[first:]:
+            work(stack)
+            done += 1
+    except PowerLoss:
+        return None, done, None
+    except HimError as error:
+        return stack, done, error
+    return stack, done, None
+
+
+def holds(stack: Stack, choices: Sequence[Values], why: str) -> None:
+    """The newest snapshot shows one of these, and nothing is damaged."""
+    if "main" not in stack.history.refs():
+        assert {} in choices, why
+        return
+    reader = stack.at("main")
+    found: Values = {}
+    for stream in ("noise", "note"):
+        frames = {frame.name for frame in reader.frames(stream)}
+        for key in reader.keys(stream, "") if "" in frames else ():
+            found[stream, key.x] = reader.tile(key)  # pyright: ignore[reportArgumentType]
+    same = [
+        found.keys() == choice.keys() and all(np.array_equal(found[key], choice[key]) for key in found)
+        for choice in choices
+    ]
+    assert any(same), why
+    assert stack.fsck().errors == (), why
+
+
+def count_of_operations() -> int:
+    disk = fresh()
+    begun = disk.faults.count
+    _, done, error = run_steps(disk)
+    assert (done, error) == (len(STEPS), None)
+    assert sum(kind.startswith("remove packs/") for kind in disk.faults.kinds) >= 3
+    return disk.faults.count - begun
+
+
+def every(stride: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("stride", [stride, pytest.param(1, marks=pytest.mark.slow)])
+
+
+@every(9)
+@pytest.mark.parametrize("mode", ["refuse", "partial", "late"])
+def test_a_failed_operation_loses_nothing_and_is_made_up_for(mode: str, stride: int) -> None:
+    for at in range(1 + len(mode) % stride, count_of_operations() + 1, stride):
+        disk = fresh(Faults(at, mode))
+        stack, done, error = run_steps(disk)
+        assert stack is not None
+        why = f"{mode} {at}: {disk.faults.kinds[at - 1]} in step {done}, {error}"
+        other = opened_again(disk.copy(), at)
+        holds(other, [after(done)], f"another process after {why}")
+        other.close()
+        if error is None:
+            continue  # What failed could wait.
+        _, done, error = run_steps(disk, done, stack)
+        assert (done, error) == (len(STEPS), None), why
+        holds(stack, [after(done)], why)
+        stack.close()
+        again = opened_again(disk, at)
+        collect(again)
+        holds(again, [after(done)], f"reopened after {why}")
+        again.close()
+
+
+@every(7)
+@pytest.mark.parametrize("kept", ["none", "all", "half"])
+@pytest.mark.parametrize("mode", ["power", "power-after"])
+def test_no_power_loss_while_packs_are_given_up_loses_anything(mode: str, kept: str, stride: int) -> None:
+    for at in range(1 + len(mode + kept) % stride, count_of_operations() + 1, stride):
+        disk = fresh(Faults(at, mode))
+        stack, done, _ = run_steps(disk)
+        assert stack is None
+        why = f"{mode} {at}, unsynced kept: {kept}: {disk.faults.kinds[at - 1]} in step {done}"
+        left = disk.after_power_loss(lambda: kept)
+        again = opened_again(left, at)
+        holds(again, [after(done), after(done + 1)], why)
+        collect(again)
+        holds(again, [after(done), after(done + 1)], f"collected after {why}")
+        again.close()
+
+
 # -- anything in any order
 
 
@@ -333,8 +469,8 @@ class Machine(RuleBasedStateMachine):
     def begin(self) -> None:
         self.disk, self.count = fresh(), 0
         first = Stack(self.disk)
-        first.history.declare_stream(StreamSpec("noise", tile_height=SIDE, tile_width=SIDE, dtype="uint8"))
-        first.history.declare_stream(StreamSpec("note", content="bytes", tile_height=1, tile_width=1))
+        first.history.declare_stream(NOISE)
+        first.history.declare_stream(NOTE)
         self.stacks = [first, Stack(self.disk, rng=FakeRng(6))]
         self.model: dict[str, dict[tuple[str, int], Tile | bytes]] = {"main": {}}
         self.stacks[0].history.open_snapshot(branch="main")

@@ -503,6 +503,13 @@ class WarmStore:
                 last = self.close_range()
                 ranges = [named for _, named in self._projection.pack_changes(0) if isinstance(named, PackRange)]
                 ranges = [named for named in ranges if named.pack == writer.name] + ([last] if last else [])
+                if not ranges:
+                    # Nothing of it was ever committed: an orphan from now on.
+                    writer.file.unlock()
+                    self._retired.append(writer.file)
+                    self._files.pop(writer.name, None)
+                    self._writer = None
+                    return ()
                 if not _contiguous(ranges, writer.end):
                     raise IntegrityError("the projection does not know every range of the pack", place=writer.name)
                 rows = np.concatenate([read_index(writer.file, named) for named in ranges])
