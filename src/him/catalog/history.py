@@ -322,6 +322,39 @@ class History:
         self._commit(build)
         return found
 
+    # -- what another repository wrote (catalog/transfer.py)
+
+    def adopting(self) -> int:
+        """Before the first blob of another repository is put: take up a pack; the epoch for `adopt`."""
+        self._prepare()
+        self.refresh()
+        return self._store.epoch
+
+    def adopt(self, build: Build, *, epoch: int) -> None:
+        """Make durable, and name in the log, all blobs put until now, with operations or without any.
+
+        Args:
+            build: runs under the log's lock; its operations are checked as if a user had asked for them.
+            epoch: what `adopting` gave.
+
+        Raises:
+            UsageError: a name or a stream that cannot be.
+            BusyError: a failed write took blobs of this transfer with it.
+        """
+
+        def checked() -> Sequence[Operation]:
+            if self._store.epoch != epoch:
+                raise BusyError("an earlier failure took this transfer's blobs with it", fix="run it again: it resumes")
+            operations = build()
+            for operation in operations:
+                if isinstance(operation, RefSet):
+                    _check_ref_name(operation.name)
+                elif isinstance(operation, StreamDeclared):
+                    _check_stream(operation.spec)
+            return operations
+
+        self._commit(checked, blobs=True)
+
     # -- inner
 
     def _open_child(self, branch: str) -> Snapshot:
@@ -363,11 +396,11 @@ class History:
             raise SealedError("the snapshot is sealed", object=target)
         return found
 
-    def _commit(self, build: Build) -> None:
+    def _commit(self, build: Build, *, blobs: bool = False) -> None:
         """Commit what is no batch, in a record of its own."""
         self._store.sync_ahead()
         with self._turn:
-            self._record(build)
+            self._record(build, blobs=blobs)
             self._catch_up()
         self._checkpoint()
 
@@ -419,19 +452,25 @@ class History:
                 operations.append(Batch(request.target, before, after))
         return operations
 
-    def _record(self, build: Build) -> None:
-        """Commit a record, what it names being durable before it. Only with the turn held."""
+    def _record(self, build: Build, *, blobs: bool = False) -> None:
+        """Commit a record, what it names being durable before it. Only with the turn held.
+
+        Args:
+            blobs: name what was put even where there are no operations.
+        """
         closed: list[PackRange] = []
 
         def durable() -> bytes | None:
             self.refresh()
             epoch = self._store.epoch
             operations = build()
-            if not operations:
+            if not operations and not blobs:
                 return None
             added = self._store.close_range()
             if added is not None:
                 closed.append(added)
+            elif not operations:
+                return None
             if self._store.epoch != epoch:
                 raise BusyError("a failed write took the pages with it", fix="write the batch again")
             return self._encoded([*closed, *operations])
