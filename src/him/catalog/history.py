@@ -54,6 +54,8 @@ Build = Callable[[], Sequence[Operation]]
 
 BRANCH: Final = "branch"
 TAG: Final = "tag"
+LOST: Final = "an earlier failure took this transfer's blobs with it"
+RESUMES: Final = "run it again: it resumes"
 _NS_PER_MS: Final = 1_000_000
 
 
@@ -344,7 +346,7 @@ class History:
 
         def checked() -> Sequence[Operation]:
             if self._store.epoch != epoch:
-                raise BusyError("an earlier failure took this transfer's blobs with it", fix="run it again: it resumes")
+                raise BusyError(LOST, fix=RESUMES)
             operations = build()
             for operation in operations:
                 if isinstance(operation, RefSet):

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from him.catalog.history import BRANCH, History
+from him.catalog.history import BRANCH, LOST, RESUMES, History
 from him.config import (
     DELTA_DEPTH_MAX,
     PARTS_DEPTH_MAX,
@@ -23,7 +23,7 @@ from him.config import (
     TRANSFER_BATCH_RECORDS,
     TRANSFER_TWINS_MAX,
 )
-from him.errors import ConflictError, IntegrityError, NotFoundError
+from him.errors import BusyError, ConflictError, IntegrityError, NotFoundError
 from him.pack.format import RECORD_HEADER_BYTES, Draft
 from him.pyramid import directory
 from him.pyramid.page import Page, load
@@ -126,12 +126,17 @@ def transfer(
     epoch = target.history.adopting()
     sender = _Sender(source, target, epoch)
     complete = {one.directory for one in plan.there.values() if one.sealed}
-    for number, one in enumerate(plan.snapshots):
-        sender.tell = _teller(progress, number, len(plan.snapshots), one.snapshot_id)
-        sender.tell(0)
-        for root in [*(parent.directory for parent in one.parents), one.directory]:
-            sender.directory(root, _twins(one, plan, theirs, complete))
-            complete.add(root)
+    try:
+        for number, one in enumerate(plan.snapshots):
+            sender.tell = _teller(progress, number, len(plan.snapshots), one.snapshot_id)
+            sender.tell(sender.sent_bytes)
+            for root in [*(parent.directory for parent in one.parents), one.directory]:
+                sender.directory(root, _twins(one, plan, theirs, complete))
+                complete.add(root)
+    except IntegrityError as error:
+        if target.store.epoch != epoch:
+            raise BusyError(LOST, fix=RESUMES) from error
+        raise
     moved: list[RefMove] = []
     sent: list[SnapshotId] = []
 
