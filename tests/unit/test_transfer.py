@@ -232,6 +232,58 @@ def test_a_push_after_some_changes_costs_their_paths(
     assert push(fresh, other).records == 0
 
 
+def test_a_frame_that_grows_or_shrinks_by_a_height_is_still_compared(
+    target: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = new(seed=1)
+    source.history.declare_stream(StreamSpec("grid", tile_height=2, tile_width=2, dtype="uint8"))
+    first = array(1, 120, 120)
+    source.ingest.array("main", "grid", "f", first)
+    source.history.seal("main")
+    push(source, target)
+    source.ingest.tiles("main", "grid", "f", {(70, 0): array(2, 2, 2)})
+    source.history.seal("main")
+    reads = Reads(source, monkeypatch)
+    report = push(source, target)
+    # The tile, the pages above it (the old root below the new one has not changed), the directory's leaf.
+    assert (report.records, report.present_records) == (5, 0)
+    assert reads.count(KIND_PAGE) <= 2 * 3
+    first[:2, :2] ^= 1
+    source.ingest.array("main", "grid", "f", first)
+    source.history.seal("main")
+    reads.kinds.clear()
+    report = push(source, target)
+    assert (report.records, reads.count(KIND_TILE)) == (4, 1)
+    assert report.present_records == 63, "the leaf page's other tiles"
+    same(source, target)
+
+
+def test_a_directory_that_splits_or_joins_is_still_compared(target: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = new(seed=1)
+    source.history.declare_stream(GRID)
+    for number in range(60):
+        rewrite(source, f"f{number}", [(0, 0)], number)
+    source.history.seal("main")
+    push(source, target)
+    for number in range(60, 70):
+        rewrite(source, f"f{number}", [(0, 0)], number)
+    source.history.seal("main")
+    reads = Reads(source, monkeypatch)
+    report = push(source, target)
+    # Ten tiles and their pages, the root and at most sixteen leaves.
+    assert 20 < report.records <= 20 + 17
+    assert (reads.count(KIND_TILE), report.present_records) == (10, 0)
+    same(source, target)
+    for number in range(50):
+        source.ingest.tiles("main", "grid", f"f{number}", {(0, 0): None})
+    rewrite(source, "f60", [(0, 0)], 1000)
+    source.history.seal("main")
+    reads.kinds.clear()
+    report = push(source, target)
+    assert (report.records, reads.count(KIND_TILE), report.present_records) == (3, 1, 0)
+    same(source, target)
+
+
 def test_nothing_is_read_when_a_branch_is_named_anew(
     source: Stack, target: Stack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,6 +430,39 @@ def test_what_a_target_has_without_what_lies_below_is_completed(source: Stack, t
     # Nobody but the log knows it all: addresses made anew find the records that can be read.
     target.store.forget_addresses()
     same(source, new(target.disk.copy(), seed=4))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stream", ["wide", "notes"])
+def test_a_tile_that_cannot_be_read_there_is_sent_in_full(
+    source: Stack, target: Stack, stream: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The target has it as a delta on what is gone, which the source never had: it holds the tile in full."""
+    monkeypatch.setattr("him.tile.delta.DELTA_TINY_BYTES", 0)
+    third = new(seed=6)
+    for spec in (WIDE, NOTES):
+        third.history.declare_stream(spec)
+    first, last = (array(1, 64, 64), array(1, 64, 64)) if stream == "wide" else (document(1, 9_000), b"")
+    if isinstance(first, bytes):
+        last = first[:500] + b"EDIT" + first[504:]
+    else:
+        last[0] ^= 255  # type: ignore[index]
+    for version in (first, last):
+        third.ingest.tiles("main", stream, "f", {(0, 0): version})
+    tip = blob_at(third, "main", stream, "f")
+    assert third.store.depth_of(tip) == 1
+    plant(third, target, [tip])
+    with pytest.raises(IntegrityError):
+        target.store.payload(tip)
+    source.ingest.tiles("main", stream, "f", {(0, 0): last})
+    source.history.seal("main")
+    assert (source.store.depth_of(tip), source.store.has(third.store.read(tip).delta_base)) == (0, False)
+    push(source, target)
+    same(source, target)
+    # Whatever order the addresses are learnt in.
+    again = new(target.disk.copy(), seed=4)  # type: ignore[attr-defined]
+    again.store.forget_addresses()
+    same(source, again)
+    assert push(source, again).records == 0
 
 
 def test_a_root_whose_pages_were_collected_is_walked(source: Stack, target: Stack) -> None:
