@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from fakes import FakeClock, FakeEncoder, FakeReader, FakeRng, Faults, MemDisk, PowerLoss, Stack, new_disk, picture
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import him
+from him.catalog.changes import FrameChange
 from him.catalog.transfer import Side, TransferReport, _parts, transfer
 from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, StorageError, UsageError
 from him.pack.format import Draft
@@ -282,6 +284,32 @@ def test_a_directory_that_splits_or_joins_is_still_compared(target: Stack, monke
     report = push(source, target)
     assert (report.records, reads.count(KIND_TILE), report.present_records) == (3, 1, 0)
     same(source, target)
+
+
+def test_a_leaf_is_compared_with_an_inner_node_below_the_root(target: Stack) -> None:
+    """1,500 frames stand three nodes deep; then most of those below one child of the root go."""
+    source = new(seed=1)
+    source.history.declare_stream(GRID)
+    rewrite(source, "f0", [(0, 0)], 1)
+    opened, blob = source.history.snapshot("main"), blob_at(source, "main", "grid", "f0")
+    shape = msgspec.structs.replace(source.at("main").frame("grid", "f0"), root=b"", root_height=0)
+    frames = [msgspec.structs.replace(shape, name=f"f{number}") for number in range(1500)]
+    epoch = source.store.epoch
+    source.history.commit(opened.snapshot_id, [FrameChange(one, {(0, 0): blob}) for one in frames], epoch=epoch)
+    source.history.seal("main")
+    push(source, target)
+    one_side = [one for one in frames if directory.path_of(("grid", one.name))[0] == 7]
+    assert len(one_side) > 80
+    child = source.history.writable("main")
+    gone = [FrameChange(one, {}, replace=True) for one in one_side[30:]]
+    source.history.commit(child.snapshot_id, gone, epoch=source.store.epoch)
+    rewrite(source, one_side[0].name, [(0, 0)], 2)
+    source.history.seal("main")
+    report = push(source, target)
+    # The tile, its page, the leaf it is in, the root; of the 29 frames beside it nothing is looked at.
+    assert (report.records, report.present_records) == (4, 0)
+    assert report.shared_subtrees == 29 + 15 + 1, "frames, the root's other children, the merge base"
+    assert target.fsck().ok
 
 
 def test_nothing_is_read_when_a_branch_is_named_anew(

@@ -18,6 +18,7 @@ from him.catalog.history import BRANCH, LOST, RESUMES, History
 from him.config import (
     DELTA_DEPTH_MAX,
     PARTS_DEPTH_MAX,
+    READ_THREADS_MAX,
     STREAMS,
     TRANSFER_BATCH_BYTES,
     TRANSFER_BATCH_RECORDS,
@@ -472,7 +473,11 @@ class _Sender:
         """Append blobs as the source stores them; what one is made of comes before it."""
         if within > _WITHIN_MAX:
             raise IntegrityError("a tile is made of others without end", object=blobs[0].hex())
-        drafts = self._source.store.spread(self._verified, blobs)
+        # A few parts for each thread: handing over a tiny tile alone would cost more than reading it.
+        step = max(1, len(blobs) // (4 * READ_THREADS_MAX))
+        slices = [blobs[at : at + step] for at in range(0, len(blobs), step)]
+        read = self._source.store.spread(lambda part: [self._verified(blob) for blob in part], slices)
+        drafts = [draft for part in read for draft in part]
         self._put([draft for draft in drafts if not _parts(draft)])
         for draft in drafts:
             if parts := _parts(draft):
