@@ -845,6 +845,23 @@ def test_a_stream_declared_otherwise_is_refused(source: Stack, target: Stack) ->
     assert not target.history.snapshots()
 
 
+def test_a_stream_declared_otherwise_meanwhile_is_refused(
+    source: Stack, target: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy(source)
+    adopt = target.history.adopt
+
+    def late(build: Callable[[], Sequence[object]], *, epoch: int) -> None:
+        monkeypatch.undo()
+        target.history.declare_stream(StreamSpec("grid", tile_height=16, tile_width=16, dtype="uint8"))
+        adopt(build, epoch=epoch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(target.history, "adopt", late)
+    with pytest.raises(ConflictError, match="stream"):
+        push(source, target)
+    assert not target.history.snapshots()
+
+
 @pytest.mark.parametrize("name", ["nope", "", "snp_01ARZ3NDEKTSV4RRFFQ69G5FAV"])
 def test_an_unknown_name_is_refused(source: Stack, target: Stack, name: str) -> None:
     busy(source)

@@ -19,7 +19,6 @@ from him.config import (
     DELTA_DEPTH_MAX,
     PARTS_DEPTH_MAX,
     READ_THREADS_MAX,
-    STREAMS,
     TRANSFER_BATCH_BYTES,
     TRANSFER_BATCH_RECORDS,
     TRANSFER_TWINS_MAX,
@@ -43,6 +42,7 @@ from him.types import (
     SnapshotId,
     SnapshotOpened,
     StreamDeclared,
+    StreamSpec,
     snapshot_bytes,
 )
 
@@ -146,7 +146,7 @@ def transfer(
         fresh = [one for one in plan.snapshots if not _is_there(one, _found(target.history, one.snapshot_id))]
         moved[:] = _moves(plan, target.history.refs(), force=force)
         sent[:] = [one.snapshot_id for one in fresh]
-        streams = [StreamDeclared(source.history.stream(name)) for name in sender.new_streams()]
+        streams = [StreamDeclared(spec) for spec in sender.new_streams()]
         opened = [operation for one in fresh for operation in _operations(one)]
         return [*streams, *opened, *(RefSet(move.name, move.kind, move.after) for move in moved)]
 
@@ -323,7 +323,7 @@ class _Sender:
     def __init__(self, source: Side, target: Side, epoch: int) -> None:
         self._source, self._target, self._epoch = source, target, epoch
         self._done: set[bytes] = set()
-        self._streams: set[str] = set(STREAMS)
+        self._streams: set[str] = set()
         self._wanted: dict[BlobId, bool] = {}
         self._wanted_bytes = 0
         self._uncommitted_bytes = 0
@@ -337,9 +337,9 @@ class _Sender:
             # Twins are read in the target.
             self._flush()
 
-    def new_streams(self) -> list[str]:
-        """Streams of what was sent that the target does not declare."""
-        return sorted(name for name in self._streams if _stream(self._target.history, name) is None)
+    def new_streams(self) -> list[StreamSpec]:
+        """Streams of what was sent that the target lacks. Raises ConflictError for one it declares otherwise."""
+        return [self._source.history.stream(name) for name in sorted(self._streams) if not self._is_declared(name)]
 
     def finish(self, build: Callable[[], Sequence[Operation]]) -> None:
         """Commit what was not yet, with the operations, in one record."""
@@ -412,12 +412,19 @@ class _Sender:
         self._want(list(wanted), document=document)
 
     def _stream(self, name: str) -> None:
-        """Remember a stream that frames are of. Raises ConflictError when the target declares it otherwise."""
+        """Remember a stream that frames are of; better refused now than after all is sent."""
         if name not in self._streams:
-            known = _stream(self._target.history, name)
-            if known is not None and known != self._source.history.stream(name):
-                raise ConflictError("the target declares a stream of that name otherwise", object=name)
+            self._is_declared(name)
             self._streams.add(name)
+
+    def _is_declared(self, name: str) -> bool:
+        try:
+            known = self._target.history.stream(name)
+        except NotFoundError:
+            return False
+        if known != self._source.history.stream(name):
+            raise ConflictError("the target declares a stream of that name otherwise", object=name)
+        return True
 
     def _present(self, blob: BlobId) -> None:
         self.present_records += 1
@@ -551,10 +558,3 @@ def _parts(draft: Draft) -> list[BlobId]:
         return []
     listed = chunks.decode_list(draft.stored, math.prod(codec.parse_header(draft.meta).shape))
     return list(dict.fromkeys(chunk.blob_id for chunk in listed))
-
-
-def _stream(history: History, name: str) -> object:
-    try:
-        return history.stream(name)
-    except NotFoundError:
-        return None
