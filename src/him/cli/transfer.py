@@ -13,7 +13,7 @@ from him.cli.tiers import size_text
 from him.errors import UsageError
 
 RefsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[REF]...", help="Branches and tags; their ancestors come with them.")
+    list[str] | None, typer.Argument(metavar="REF", help="Branches and tags; their ancestors come with them.")
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Set branches that have other snapshots there. Tags stay.")]
 
