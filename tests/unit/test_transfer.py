@@ -766,6 +766,22 @@ def test_an_ancestor_dropped_on_one_side_is_still_one(source: Stack, target: Sta
     same(source, target)
 
 
+def test_an_ancestor_neither_side_can_prove_needs_force(source: Stack, target: Stack) -> None:
+    """The target never saw the snapshot between, and the source dropped it: nobody knows the edge any more."""
+    busy(source)
+    push(source, target, "main")
+    source.history.delete_ref("v1")
+    for row in (1, 2):
+        rewrite(source, "deep", [(row, row)], row)
+        source.history.seal("main")
+    source.history.drop(source.history.snapshot("main").parents[0].snapshot_id)
+    with pytest.raises(ConflictError, match="no ancestor"):
+        push(source, target, "main")
+    report = push(source, target, "main", force=True)
+    assert report.present_records < 200, "the target's head is still what it is compared with"
+    same(source, target)
+
+
 def test_a_child_of_a_dropped_parent_arrives_with_its_merge_base(source: Stack, target: Stack) -> None:
     busy(source)
     head = source.history.refs()["main"][1]
@@ -942,7 +958,17 @@ def play(stack: Stack, target: Stack, step: Step, number: int) -> None:
         for one in [one for one in stack.history.snapshots() if one.sealed and one.snapshot_id not in named][:1]:
             stack.history.drop(one.snapshot_id)
     elif what == "push":
-        push(stack, target)
+        push_over_gaps(stack, target)
+
+
+def push_over_gaps(source: Stack, target: Stack) -> TransferReport:
+    """A push that is forced only where dropped snapshots hide from both sides what descends from what."""
+    try:
+        return push(source, target)
+    except ConflictError:
+        both = {one.snapshot_id: one for stack in (source, target) for one in stack.history.snapshots()}
+        assert any(parent.snapshot_id not in both for one in both.values() for parent in one.parents)
+        return push(source, target, force=True)
 
 
 @settings(max_examples=40, deadline=None)
@@ -965,7 +991,7 @@ def test_any_history_arrives_whole(steps: list[Step], begun_there: bool, batch: 
             play(source, target, step, number)
         for name in source.history.refs():
             source.history.seal(name)
-        report = push(source, target)
+        report = push_over_gaps(source, target)
         same(source, target, report)
         refs = target.history.refs()
         assert {name: refs.get(name) for name in source.history.refs()} == source.history.refs()
