@@ -35,6 +35,7 @@ from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
 from him.catalog.retention import HOLD
 from him.catalog.stats import Stats, measure
+from him.catalog.transfer import Side, TransferReport, transfer
 from him.config import (
     BUDGET_MS,
     COLD_PACK_BYTES,
@@ -143,6 +144,33 @@ def open(
             raise NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
         _create(root, disk or LocalDisk(root), clock, rng)
     return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder(), disk, cold)
+
+
+def clone(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    refs: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> TransferReport:
+    """Make a repository at `path` that holds what branches and tags of another one name (`Repository.push`).
+
+    Run again after a break it goes on: a repository without a snapshot is taken as it is.
+
+    Raises:
+        NotFoundError: no repository at `source`, or no such branch or tag.
+        ConflictError: `path` holds something else, or a named branch's head is open.
+    """
+    with open(source) as origin:
+        absent = [name for name in refs or () if name not in origin.refs()]
+        if absent:
+            raise NotFoundError(f"no branch or tag is called {absent[0]!r}", object=absent[0])
+        if Path(path).exists() and Path(path).samefile(origin.path):
+            raise UsageError("both sides are one repository", object=str(path), fix="name another folder")
+        with open(path, create=True) as made:
+            if made.snapshots():
+                raise ConflictError("there is a repository already", object=str(path), fix="use `him pull` in it")
+            return made.pull(source, refs, progress=progress)
 
 
 def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
@@ -446,6 +474,42 @@ class Repository:
             source.check()
             return self._ingest.array(snapshot, "screen", frame, source, progress=progress, note=_NOT_READ)
 
+    # -- other repositories
+
+    def push(
+        self,
+        other: str | os.PathLike[str],
+        refs: Sequence[str] | None = None,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> TransferReport:
+        """Send what branches and tags name, with all ancestors, to another repository; only what it lacks is read.
+
+        Args:
+            other: its folder; it may be open elsewhere and written to meanwhile.
+            refs: names; all whose heads are sealed when left out.
+            force: set its branches even where they have other snapshots.
+
+        Raises:
+            NotFoundError, ConflictError, IntegrityError, BusyError, StorageError: see `catalog.transfer.transfer`.
+            UsageError: the other repository is this one.
+        """
+        with self._beside(other) as there:
+            return transfer(self._side(), there._side(write=True), refs, force=force, progress=progress)
+
+    def pull(
+        self,
+        other: str | os.PathLike[str],
+        refs: Sequence[str] | None = None,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> TransferReport:
+        """`push` from the other repository to this one."""
+        with self._beside(other) as there:
+            return transfer(there._side(), self._side(write=True), refs, force=force, progress=progress)
+
     # -- queries
 
     def warm(self, snapshot: str | None = None) -> None:
@@ -664,6 +728,21 @@ class Repository:
 
     # -- inner
 
+    def _beside(self, other: str | os.PathLike[str]) -> "Repository":
+        """Another repository, opened with the same ports."""
+        path = Path(other)
+        if path.exists() and path.samefile(self.path):
+            raise UsageError("both sides are one repository", object=str(path), fix="name another folder")
+        return open(path, clock=self._clock, rng=self._rng, reader=self._text_reader, encoder=self._encoder)
+
+    def _side(self, *, write: bool = False) -> Side:
+        """What a transfer needs of it. Raises StorageError when it cannot be written to."""
+        if write and self.read_only:
+            raise StorageError(
+                "the repository is read-only", place=str(self.path), fix="give this user the right to it"
+            )
+        return Side(self._history, self._store)
+
     @property
     def _spools(self) -> tuple[Disk, ...]:
         """Where traces go: the repository; where that refuses (read-only, full), the user's own state folder."""
@@ -786,4 +865,4 @@ def _plain(operation: msgspec.Struct) -> dict[str, object]:
     return {"operation": str(operation.__struct_config__.tag), **shown}
 
 
-__all__ = ["HimError", "Repository", "SnapshotHandle", "answer_line", "check", "open"]
+__all__ = ["HimError", "Repository", "SnapshotHandle", "TransferReport", "answer_line", "check", "clone", "open"]

@@ -138,6 +138,13 @@ HOTNESS_KEYS_MAX: Final = 1_000_000
 """Extents (and ghosts) whose hotness is saved: those of 256 GiB."""
 HOTNESS_BYTES_MAX: Final = 64 * 1024 * 1024
 
+# Transfers between repositories (docs/design/010-transfer.md)
+TRANSFER_BATCH_BYTES: Final = 8 * 1024 * 1024
+"""Of records that are read, appended and committed together: half of the least warm budget."""
+TRANSFER_BATCH_RECORDS: Final = 20_000
+TRANSFER_TWINS_MAX: Final = 4
+"""Directories of the target that a directory is compared with at once."""
+
 # Limits on what comes from outside
 TILE_BYTES_MAX: Final = 256 * 1024 * 1024
 IMAGE_PIXELS_MAX: Final = 160 * 1024 * 1024

@@ -198,6 +198,12 @@ TILE = {
     "tile_id": TILE_ID, "stream": str, "frame": str, "snapshot_id": SNAPSHOT_ID, "level": int, "x": int, "y": int,
     "shape": [int], "dtype": str, "parent_tile_id": (str, type(None)), "halo": int, "checksum": str, "size_bytes": int,
 }  # fmt: skip
+TRANSFER = {
+    "snapshots": [SNAPSHOT_ID],
+    "refs": [{"name": str, "kind": "branch|tag", "before": (str, type(None)), "after": SNAPSHOT_ID}],
+    "left_open": [str], "records": int, "sent_bytes": int, "present_records": int, "present_bytes": int,
+    "shared_subtrees": int,
+}  # fmt: skip
 ERROR = {"error": str, "message": str, "object": str, "place": str, "fix": str}
 
 
@@ -221,7 +227,7 @@ def test_the_commands_of_the_issue_are_there() -> None:
         "init|snap create|snap seal|snap list|snap show|snap diff|snap delete|snap tag|log|branch|tiles put|"
         "tiles delta|tiles get|tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|"
         "daemon status|daemon run|tier set|tier status|tier push|tier demote|tier admit|tier pin|tier unpin|"
-        "kv save|kv load|kv prefix|kv list|gc|compact|stats|retention list|retention set|snap hold"
+        "kv save|kv load|kv prefix|kv list|gc|compact|stats|retention list|retention set|snap hold|push|pull|clone"
     )
     assert set(COMMANDS) == set(wanted.split("|")) == set(EXAMPLES)
 
@@ -377,6 +383,48 @@ def test_tier_json(cli: Him, tmp_path: Path) -> None:
     assert cli("fsck", *tier).row()["ok"]
     shown = cli("tier", "status", "--repo", memory)
     assert "the cold tier answered" in shown.out and "MB" in shown.out
+
+
+def test_push_pull_and_clone_json(cli: Him, repo: Path, tmp_path: Path) -> None:
+    held = cli("clone", repo, "copy", "--json")
+    assert held.row()["left_open"] == ["main"] and "him snap seal main" in held.err
+    cli("snap", "seal", "main", "--repo", repo)
+    cloned = cli("clone", repo, "copy", "--json").row()
+    shape(cloned, TRANSFER)
+    assert [move["name"] for move in cloned["refs"]] == ["main"] and cloned["records"] > 0
+    tiles = cli("tiles", "ls", "--stream", "screen", "--frame", "login", "--snapshot", "main", "--repo", repo, "--json")
+    same = cli(
+        "tiles", "ls", "--stream", "screen", "--frame", "login", "--snapshot", "main", "--repo", "copy", "--json"
+    )
+    assert [row["tile_id"] for row in tiles.rows()] == [row["tile_id"] for row in same.rows()]
+    answer = cli("query", "--goal", "find button 'Submit'", "--snapshot", "main", "--repo", "copy", "--json").row()
+    assert (answer["found"], answer["frame"]) == (True, "login")
+    picture(tmp_path / "login.png", 120)
+    cli("ingest", "login.png", "--repo", "copy", "--snapshot", "main")
+    cli("snap", "seal", "main", "--repo", "copy")
+    cli("snap", "tag", "v1", "--snapshot", "main", "--repo", "copy")
+    pushed = cli("push", repo, "main", "--repo", "copy", "--json").row()
+    shape(pushed, TRANSFER)
+    assert len(pushed["snapshots"]) == 1 and pushed["refs"][0]["before"] == cloned["refs"][0]["after"]
+    pulled = cli("pull", "copy", "--repo", repo, "--json").row()
+    shape(pulled, TRANSFER)
+    assert pulled["records"] == 0 and [move["name"] for move in pulled["refs"]] == ["v1"]
+    again = cli("push", repo, "--all", "--repo", "copy")
+    assert again.code == 0 and "no branch or tag had to be set" in again.out
+    assert cli("fsck", "--repo", repo, "--json").row()["ok"] and cli("fsck", "--repo", "copy", "--json").row()["ok"]
+
+
+def test_branches_that_went_apart_are_named(cli: Him, repo: Path, tmp_path: Path) -> None:
+    cli("snap", "seal", "main", "--repo", repo)
+    cli("clone", repo, "copy")
+    for shade, folder in ((120, repo), (60, tmp_path / "copy")):
+        picture(tmp_path / "login.png", shade)
+        cli("ingest", "login.png", "--repo", folder, "--snapshot", "main")
+        cli("snap", "seal", "main", "--repo", folder)
+    heads = [cli("snap", "show", "main", "--repo", folder, "--json").row()["snapshot_id"] for folder in (repo, "copy")]
+    ran = cli("push", "copy", "main", "--repo", repo)
+    assert ran.code == 4 and all(head in ran.err for head in heads) and "--force" in ran.err
+    assert f"{heads[1]} -> {heads[0]}" in cli("push", "copy", "main", "--force", "--repo", repo).out
 
 
 def test_snapshots_json(cli: Him, repo: Path) -> None:
@@ -617,6 +665,22 @@ MISTAKES: dict[str, tuple[int, tuple[str, ...]]] = {
     "missing plan": (3, ("prefetch", "--plan", "nowhere.json", "--repo", "memory")),
     "plan is no plan": (2, ("prefetch", "--plan", "text.png", "--repo", "memory")),
     "plan without tiles": (2, ("prefetch", "--plan", "object.json", "--repo", "memory")),
+    "push without names": (2, ("push", "other", "--repo", "memory")),
+    "push of names and all": (2, ("push", "other", "main", "--all", "--repo", "memory")),
+    "push to itself": (2, ("push", "memory", "--all", "--repo", "memory")),
+    "pull from itself": (2, ("pull", "./memory/../memory", "--repo", "memory")),
+    "push to nothing": (3, ("push", "elsewhere", "--all", "--repo", "memory")),
+    "push to a file": (3, ("push", "login.png", "--all", "--repo", "memory")),
+    "push of an unknown name": (3, ("push", "other", "nope", "--repo", "memory")),
+    "push of an open head": (4, ("push", "other", "main", "--repo", "memory")),
+    "push to a newer format": (8, ("push", "newer", "--all", "--repo", "memory")),
+    "pull from a broken one": (5, ("pull", "broken", "--repo", "memory")),
+    "pull of an unknown name": (3, ("pull", "other", "nope", "--repo", "memory")),
+    "clone of nothing": (3, ("clone", "elsewhere", "copy")),
+    "clone of an unknown name": (3, ("clone", "memory", "copy", "--ref", "nope")),
+    "clone onto itself": (2, ("clone", "memory", "memory")),
+    "clone into a full folder": (4, ("clone", "memory", ".")),
+    "clone into a repository": (4, ("clone", "other", "memory")),
     "no daemon to stop": (3, ("daemon", "stop", "--repo", "memory")),
     "demo without a goal": (2, ("demo", "login.png")),
     "demo without a picture": (3, ("demo", "nowhere.png", "--goal", "x")),
@@ -629,6 +693,12 @@ def clutter(repo: Path, tmp_path: Path) -> None:
     whole = (tmp_path / "login.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "empty").mkdir()
+    for name in ("other", "newer", "broken"):
+        with him.open(tmp_path / name, create=True):
+            pass
+    marker = tmp_path / "newer" / "him.json"
+    marker.write_text(marker.read_text().replace('"format":1', '"format":99'))
+    (tmp_path / "broken" / "him.json").write_text("{")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "model.json").write_text(json.dumps(MODEL))
     (tmp_path / "hollow.json").write_text(json.dumps({**MODEL, "tokenizer": ""}))

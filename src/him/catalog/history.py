@@ -57,6 +57,8 @@ Build = Callable[[], Sequence[Operation]]
 
 BRANCH: Final = "branch"
 TAG: Final = "tag"
+LOST: Final = "a failed write, or a collection of garbage, took blobs of this transfer with it"
+RESUMES: Final = "run it again: it resumes"
 _NS_PER_MS: Final = 1_000_000
 
 
@@ -228,7 +230,7 @@ class History:
         Raises:
             SealedError: an id (or a tag) names a sealed snapshot.
         """
-        self._prepare()
+        self.prepare()
         self.refresh()
         named = self._projection.refs().get(name)
         if named is None and not name.startswith(SNAPSHOT_PREFIX):
@@ -259,7 +261,7 @@ class History:
 
     def seal(self, name: str) -> Snapshot:
         """End writing to a snapshot: its levels are computed, its Lamport time is set. Sealing twice is no change."""
-        self._prepare()
+        self.prepare()
         found = self.snapshot(name)
         while not found.sealed:
             root = levels.levels_root(self._store, self._memo, found.directory)
@@ -366,6 +368,34 @@ class History:
         self.append(build)
         return found
 
+    # -- what another repository wrote (catalog/transfer.py)
+
+    def adopt(self, build: Build, *, begun: Begun) -> None:
+        """Make durable, and name in the log, all blobs put until now, with operations or without any.
+
+        Args:
+            build: runs under the log's lock; its operations are checked as if a user had asked for them.
+            begun: what `begin` gave before anything was looked for.
+
+        Raises:
+            UsageError: a name or a stream that cannot be.
+            BusyError: a failed write, or a collection of garbage, took blobs of this transfer with it.
+        """
+
+        def checked() -> Sequence[Operation]:
+            # What was put and not yet referred to is garbage to whoever collects it.
+            if self._store.epoch != begun.epoch or self._store.condemned > begun.condemned:
+                raise BusyError(LOST, fix=RESUMES)
+            operations = build()
+            for operation in operations:
+                if isinstance(operation, RefSet):
+                    _check_ref_name(operation.name)
+                elif isinstance(operation, StreamDeclared):
+                    _check_stream(operation.spec)
+            return operations
+
+        self.append(checked, blobs=True)
+
     # -- inner
 
     def _open_child(self, branch: str) -> Snapshot:
@@ -427,7 +457,7 @@ class History:
 
     def adopt_pack(self) -> bool:
         """Take up an unfinished pack that no process writes to; whether there was one."""
-        self._prepare()
+        self.prepare()
         return self._store.writing
 
     def _lead(self) -> None:
@@ -481,7 +511,11 @@ class History:
         return operations
 
     def _record(self, build: Build, *, blobs: bool = False) -> None:
-        """Commit a record, what it names being durable before it. Only with the turn held."""
+        """Commit a record, what it names being durable before it. Only with the turn held.
+
+        Args:
+            blobs: name what was put even where there are no operations.
+        """
         closed: list[PackRange] = []
 
         def durable() -> bytes | None:
@@ -531,7 +565,7 @@ class History:
         self._store.committed()
         self._store.finished()
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Before the first blob of a batch: take up a pack under the log's lock, where nobody can commit to it."""
         if self._store.writing:
             return

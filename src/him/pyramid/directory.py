@@ -37,10 +37,10 @@ def path_of(key: FrameKey) -> bytes:
     return bytes(nibble for byte in digest for nibble in (byte >> 4, byte & 15))
 
 
-def find(store: PageStore, root: bytes, key: FrameKey) -> Frame | None:
-    """The frame's record, or None."""
+def find(store: PageStore, root: bytes, key: FrameKey, above: int = 0) -> Frame | None:
+    """The frame's record, or None; `above` are the nodes on the way from the directory to `root`."""
     path = path_of(key)
-    for depth in range(len(path)):
+    for depth in range(above, len(path)):
         if not root:
             return None
         node = _load(store, root)
