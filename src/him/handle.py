@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from him.catalog.history import History
 from him.catalog.reader import SnapshotReader
 from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX, PIN_MINUTES
-from him.errors import LimitError, NotFoundError, UsageError
+from him.errors import BusyError, LimitError, NotFoundError, UsageError
 from him.ingest import Ingest, IngestReport, MakeBeside, Progress
 from him.ports import Clock, Memo, PictureDecoder
 from him.pyramid import diff, directory, levels
@@ -49,13 +49,22 @@ class TierHandle:
         """Figures of this moment."""
         return self._mirror.status()
 
-    def push(self, progress: Progress | None = None) -> int:
+    def push(self, progress: Progress | None = None, *, all: bool = False) -> int:  # noqa: A002
         """Copy to the cold tier, and read back, every finished pack it does not hold; how many there were.
+
+        Args:
+            all: end the packs that are being written first, so that a restore from the cold tier has everything.
 
         Raises:
             UnavailableError, StorageError, IntegrityError: what was copied until then stays copied.
+            BusyError: with `all`, another process writes to a pack; the rest was copied.
         """
-        return self._mirror.push_all(progress)
+        growing = self._history.finish_packs() if all else []
+        copied = self._mirror.push_all(progress)
+        if growing:
+            fix = "push again once the other process has ended"
+            raise BusyError("another process writes to a pack, which was not copied", place=growing[0], fix=fix)
+        return copied
 
     def demote(self, keep_bytes: int = 0) -> int:
         """Free what is used least until the packs take at most `keep_bytes`; what is only here stays. Bytes freed."""

@@ -450,14 +450,18 @@ class WarmStore:
             find = self._addresses.find
             self._pending = {blob: at for blob, at in self._pending.items() if find(BlobId(blob)) is None}
 
-    def finish_if_large(self) -> tuple[PackRange | PackFinished, ...]:
+    def finish_if_large(self, *, always: bool = False) -> tuple[PackRange | PackFinished, ...]:
         """Give the writer's pack its footer once it is large, or of many ranges; the next write opens another.
 
         What other threads have appended meanwhile becomes a last range, which the same record must name.
+
+        Args:
+            always: however small it is, if it holds anything.
         """
         with self._syncing, self._appending, self._lock:
             writer = self._writer
             target = PACK_TARGET_BYTES if self._mirror is None else min(PACK_TARGET_BYTES, self._mirror.pack_bytes)
+            target = layout.FILE_HEADER_BYTES + 1 if always else target
             if writer is None or (writer.end < target and self._ranges < PACK_RANGES_MAX):
                 return ()
             try:
