@@ -49,7 +49,7 @@ class TierHandle:
         """Figures of this moment."""
         return self._mirror.status()
 
-    def push(self, progress: Progress | None = None, *, all: bool = False) -> int:  # noqa: A002
+    def push(self, progress: Progress | None = None, *, all: bool = False) -> int:
         """Copy to the cold tier, and read back, every finished pack it does not hold; how many there were.
 
         Args:

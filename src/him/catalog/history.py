@@ -494,7 +494,7 @@ class History:
             self.log.commit(self._take_up)
 
     def _take_up(self) -> None:
-        """Under the log's lock: an unfinished pack that nobody holds, if there is one, is this process's from now on."""
+        """Under the log's lock: an unfinished pack that nobody holds becomes this process's, if there is one."""
         self.refresh()
         self._store.continue_pack()
 
