@@ -14,7 +14,7 @@ through a warm daemon within a few milliseconds.
 TYPE_CHECKING = False  # as typing's, whose import would cost a third of what this package costs to load
 if TYPE_CHECKING:
     from him import kv
-    from him.app import Repository, SnapshotHandle, check, open
+    from him.app import Repository, SnapshotHandle, check, open, restore
     from him.errors import HimError
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "open": "him.app",
     "check": "him.app",
+    "restore": "him.app",
     "Repository": "him.app",
     "SnapshotHandle": "him.app",
     "HimError": "him.errors",
@@ -31,7 +32,7 @@ _HOMES = {
 _MODULES = ("kv",)
 """Public modules, loaded in the same way."""
 
-__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "check", "kv", "open"]
+__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "check", "kv", "open", "restore"]
 
 
 def __getattr__(name: str) -> object:

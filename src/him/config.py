@@ -59,6 +59,8 @@ EXTENT_BYTES: Final = 256 * 1024
 WARM_FREE_RATIO: Final = 0.10
 """Of the warm budget kept free for what is written: fetching never fills it."""
 WARM_BUDGET_BYTES_LEAST: Final = 16 * 1024 * 1024
+RESTORE_BUDGET_BYTES: Final = 20 * 1024 * 1024 * 1024
+"""The warm budget of a repository restored from its cold tier, where none is given."""
 WARM_PACK_RATIO: Final = 1 / 16
 """A pack that is written to takes at most this part of the budget (and one commit more)."""
 PIN_MINUTES: Final = 30.0

@@ -221,7 +221,7 @@ def test_the_commands_of_the_issue_are_there() -> None:
         "init|snap create|snap seal|snap list|snap show|snap diff|snap delete|snap tag|log|branch|tiles put|"
         "tiles delta|tiles get|tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|"
         "daemon status|daemon run|tier set|tier status|tier push|tier demote|tier admit|tier pin|tier unpin|"
-        "kv save|kv load|kv prefix|kv list"
+        "kv save|kv load|kv prefix|kv list|restore"
     )
     assert set(COMMANDS) == set(wanted.split("|")) == set(EXAMPLES)
 

@@ -28,8 +28,10 @@ from him.config import (
     WARM_FREE_RATIO,
     WARM_PACK_RATIO,
 )
-from him.errors import HimError, IntegrityError, NotFoundError, StorageError
+from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, StorageError
 from him.ports import Clock, Disk, File, ObjectStore
+from him.tier import cold as copies
+from him.tier.cold import Claim, LogCopy, Receipt
 from him.tier.evict import EvictionPolicy, Extent
 from him.types import PackFinished
 
@@ -37,7 +39,6 @@ FOLDER: Final = "cold"
 PACKS: Final = "packs/"
 _ACCOUNT: Final = f"{FOLDER}/account"
 _RECEIPTS: Final = f"{FOLDER}/receipts"
-_LOG_KNOWN: Final = f"{FOLDER}/log"
 _HOTNESS: Final = f"{FOLDER}/hotness"
 _SUM_BYTES: Final = 16
 
@@ -46,15 +47,6 @@ Ranges = list[tuple[int, int]]
 """(offset, bytes) each."""
 _Run = list[Extent]
 """Missing extents of one pack, in order, that one request brings."""
-
-
-class Receipt(msgspec.Struct, frozen=True):
-    """That the cold tier gave back a pack byte for byte after it was copied there."""
-
-    pack: str
-    size: int
-    digest: str
-    """BLAKE3 of the object, in hex."""
 
 
 class TierStatus(msgspec.Struct, frozen=True):
@@ -106,6 +98,7 @@ class Mirror:
     Args:
         background: copy finished packs from a thread of its own as they come; else only when asked, or short of room.
         read_only: the disk cannot be written to: what is not here is passed through, and nothing is copied or freed.
+        claim: as which generation of its owners this repository writes to the cold tier, if at all.
     """
 
     def __init__(
@@ -117,9 +110,12 @@ class Mirror:
         *,
         background: bool = False,
         read_only: bool = False,
+        claim: Claim = Claim(0, 0),
     ) -> None:
         self._disk = disk
         self._cold = cold
+        self._generation = claim.generation
+        self._log_copy = LogCopy(disk, cold, claim)
         self._clock = clock
         self.budget_bytes = budget_bytes
         self._packs: dict[str, _Pack] = {}
@@ -133,7 +129,6 @@ class Mirror:
         self._policy = EvictionPolicy()
         self._finished: Callable[[], Iterable[PackFinished]] = tuple
         self._log: Callable[[int, int], bytes] = lambda _start, _limit: b""
-        self._log_copied = 0
         self._receipts_read = 0
         self._fetched_bytes = self._fetches = self._freed_bytes = self._passed_through = 0
         self._fault = ""
@@ -264,6 +259,15 @@ class Mirror:
         with self.using(wanted) as here:
             return here
 
+    def ahead_all(self, progress: Callable[[int, int, str], None]) -> bool:
+        """Have every pack here, a part at a time; False when there is no room for all of them."""
+        for number, pack in enumerate(tuple(self._by_number)):
+            progress(number, len(self._by_number), pack.name)
+            for start in range(0, pack.size, COLD_PART_BYTES):
+                if not self.ahead([(pack.name, start, min(COLD_PART_BYTES, pack.size - start))]):
+                    return False
+        return True
+
     def pack(self, path: str) -> _Pack | None:
         """A pack that the cold tier holds; None for another."""
         found = self._packs.get(path)
@@ -367,22 +371,39 @@ class Mirror:
     # -- copying to the cold tier
 
     def push_all(self, progress: Callable[[int, int, str], None] | None = None) -> int:
-        """Copy every finished pack that the cold tier does not hold; how many were copied."""
+        """Copy every finished pack that the cold tier does not hold, and the log; how many packs were copied.
+
+        Raises:
+            ConflictError: the cold tier is another repository's by now.
+            UnavailableError, StorageError, IntegrityError: what was copied until then stays copied.
+        """
         with self._pushing:
             waiting = [finished for finished in self._finished() if not self.holds(finished.pack)]
+            if waiting or self._generation is not None:
+                self.check_owner()
             for number, finished in enumerate(waiting):
                 if progress is not None:
                     progress(number, len(waiting), finished.pack)
                 if self._mover is not None and self._mover.stopped:
                     return number
                 self.push(finished)
-            self._copy_log()
+                self._log_copy.extend(self._log)
+            self._log_copy.extend(self._log)
             return len(waiting)
+
+    def check_owner(self) -> None:
+        """Before anything is written to the cold tier or deleted there. Raises ConflictError when it is another's."""
+        try:
+            copies.check_owner(self._cold, self._generation)
+        except ConflictError as error:
+            self._fault = error.message
+            raise
 
     def push(self, finished: PackFinished) -> None:
         """Copy a finished pack and read it back; only then may anything of it be freed. Resumes what was begun.
 
         Raises:
+            ConflictError: the cold tier holds another pack of that name.
             IntegrityError: the cold tier gives back other bytes than it was given, twice.
             UnavailableError, StorageError: it does not answer, or refuses.
         """
@@ -391,49 +412,21 @@ class Mirror:
             size, digest = finished.size, blake3()
             for part in _parts(file, finished.size):
                 digest.update(part)
+            receipt = Receipt(finished.pack, size, digest.hexdigest())
+            if copies.receipt_of(self._cold, finished.pack) not in (None, receipt):
+                # The repository was copied and both went on with one pack.
+                raise ConflictError("the cold tier holds another pack of that name", place=finished.pack)
             for _ in range(2):
                 if self._cold.size(finished.pack) != size:
                     self._cold.upload(finished.pack, _parts(file, size))
-                back = self._cold_digest(finished.pack, size)
-                if back == digest.hexdigest():
-                    self._keep_receipt(Receipt(finished.pack, size, back))
+                if copies.digest_of(self._cold, finished.pack, size) == receipt.digest:
+                    self._cold.put(copies.receipt_name(finished.pack), receipt.line())
+                    self._keep_receipt(receipt)
                     return
                 self._cold.delete([finished.pack])
         finally:
             file.close()
         raise IntegrityError("the cold tier gives back other bytes than it was given", place=finished.pack)
-
-    def _copy_log(self) -> None:
-        """Copy what the log has grown by, as objects named by where they begin; each follows from those before.
-
-        Of two processes that copy at once one writes a piece, and both go on behind it.
-        """
-        if not self._log_copied:
-            self._log_copied = self._log_known()
-        before = self._log_copied
-        while True:
-            name = _log_piece(self._log_copied)
-            size = self._cold.size(name)
-            if size is None:
-                piece = self._log(self._log_copied, COLD_PART_BYTES)
-                if not piece:
-                    break
-                self._cold.put(name, piece, if_absent=True)
-            else:
-                before, self._log_copied = self._log_copied, self._log_copied + size
-        if before != self._log_copied:
-            self._disk.write_whole(_LOG_KNOWN, msgspec.json.encode((before, self._log_copied)))
-
-    def _log_known(self) -> int:
-        """Where the copy of the log ended when it was last looked at, if that piece is there still; else 0."""
-        with contextlib.suppress(NotFoundError, msgspec.MsgspecError):
-            file = self._disk.open(_LOG_KNOWN)
-            data = file.read_at(0, file.size())
-            file.close()
-            last, end = msgspec.json.decode(data, type=tuple[int, int])
-            if self._cold.size(_log_piece(last)) == end - last:
-                return end
-        return 0
 
     def status(self) -> TierStatus:
         """Figures of this moment."""
@@ -465,12 +458,11 @@ class Mirror:
                 self._packs[receipt.pack] = pack
 
     def _keep_receipt(self, receipt: Receipt) -> None:
-        body = msgspec.json.encode(receipt)
         with self._account:
             self._learn_receipts()
             # What a crash left half written ends here.
             self._receipts.truncate(self._receipts_read)
-            self._receipts.write_at(self._receipts_read, body + b" " + blake3(body).hexdigest().encode() + b"\n")
+            self._receipts.write_at(self._receipts_read, receipt.line())
             self._receipts.sync()
             self._learn_receipts()
 
@@ -614,12 +606,6 @@ class Mirror:
             self._fetches += len(ranges)
             self._fetched_bytes += sum(size for _, size in ranges)
         return parts
-
-    def _cold_digest(self, path: str, size: int) -> str:
-        digest = blake3()
-        for start in range(0, size, COLD_PART_BYTES):
-            digest.update(self._cold.get_ranges(path, [(start, min(COLD_PART_BYTES, size - start))])[0])
-        return digest.hexdigest()
 
     # -- inner: the account
 
@@ -803,19 +789,18 @@ def receipts(disk: Disk) -> list[Receipt]:
         file.close()
 
 
+def keep_receipts(disk: Disk, known: Iterable[Receipt]) -> None:
+    """Take receipts over that were given to another repository, in place of all that are here."""
+    disk.write_whole(_RECEIPTS, b"".join(receipt.line() for receipt in known))
+
+
 def _read_receipts(file: File, start: int) -> Iterator[tuple[Receipt | None, int]]:
     """The receipts from an offset on, each with where its line ends; None for a damaged line."""
     for line in file.read_at(start, file.size() - start).splitlines(keepends=True):
         if not line.endswith(b"\n"):
             return
         start += len(line)
-        body, _, digest = line[:-1].rpartition(b" ")
-        whole = blake3(body).hexdigest().encode() == digest
-        yield (msgspec.json.decode(body, type=Receipt) if whole else None), start
-
-
-def _log_piece(start: int) -> str:
-    return f"log/{start:016d}"
+        yield Receipt.of(line), start
 
 
 def _parts(file: File, size: int) -> Iterator[bytes]:

@@ -295,6 +295,15 @@ class WarmStore:
             self._parsed.put(blob, found, len(payload))
         return found
 
+    def parts(self, found: Blob) -> list[BlobId]:
+        """What a verified record is made of: the base of a delta, the chunks of a document. Raises IntegrityError."""
+        if found.delta_depth:
+            return [found.delta_base]
+        if found.codec != CHUNKS:
+            return []
+        size = math.prod(codec.parse_header(found.meta).shape)
+        return [chunk.blob_id for chunk in chunks.decode_list(found.stored, size)]
+
     def place(self, blob: BlobId) -> str:
         """`packs/NAME @ offset` for messages; "nowhere" when unknown."""
         try:
