@@ -377,6 +377,18 @@ def test_tier_json(cli: Him, tmp_path: Path) -> None:
     assert cli("fsck", *tier).row()["ok"]
     shown = cli("tier", "status", "--repo", memory)
     assert "the cold tier answered" in shown.out and "MB" in shown.out
+    assert cli("tier", "push", "--all", *tier).code == 0
+    again = str(tmp_path / "again")
+    ran = cli("restore", str(tmp_path / "cold"), again, "--budget", "64MiB", "--json")
+    shape(ran.row(), {"commits": int, "until": str, "left_out": int, "lacking": str, "packs": int, "cold_bytes": int})
+    assert ran.row()["left_out"] == 0 and ran.row()["until"].endswith("Z")
+    assert cli("fsck", "--repo", again, "--json").row()["ok"]
+    assert cli("restore", str(tmp_path / "cold"), again, "--json").row()["error"] == "conflict"
+    shown = cli("restore", str(tmp_path / "cold"), str(tmp_path / "third"), "--all")
+    assert "restored" in shown.out and "left out" not in shown.out
+    there = ("--cold", str(tmp_path / "cold"), "--budget", "64MiB", "--repo", again, "--json")
+    assert cli("tier", "set", *there, "--take-over").code == 0
+    assert cli("tier", "push", *tier).row()["error"] == "conflict"
 
 
 def test_snapshots_json(cli: Him, repo: Path) -> None:

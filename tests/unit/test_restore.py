@@ -163,10 +163,18 @@ def test_a_missing_or_damaged_piece_of_the_log_is_named(place: Place, which: str
     assert not (place.again / "him.json").exists()
 
 
-def test_a_damaged_end_of_the_log_is_not_taken_for_a_short_one(place: Place) -> None:
+@pytest.mark.parametrize("what", ["last byte", "length", "last byte of a full piece"])
+def test_a_damaged_end_of_the_log_is_not_taken_for_a_short_one(
+    place: Place, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place.fill(everything=True)
     last = max((place.cold / "log").iterdir())
-    flip(last, last.stat().st_size - 1, 1)
+    size = last.stat().st_size
+    if what == "last byte of a full piece":
+        monkeypatch.setattr("him.catalog.restore.COLD_PART_BYTES", size)
+    record = int.from_bytes(last.read_bytes()[-4:], "little")
+    # The length of a record's body is the second field of its head.
+    flip(last, size - record + 6 if what == "length" else size - 1, 1)
     with pytest.raises(IntegrityError) as caught:
         place.restore()
     assert f"log/{last.name} @" in caught.value.place
@@ -343,6 +351,21 @@ def test_two_copies_of_one_repository_do_not_share_a_cold_tier(place: Place, tmp
         assert content(repo) == first and repo.fsck().ok
 
 
+def test_two_copies_that_share_every_pack_do_not_share_a_log(place: Place, tmp_path: Path) -> None:
+    place.fill(everything=True)
+    shutil.copytree(place.memory, tmp_path / "copy")
+    with him.open(place.memory) as repo:
+        repo.tag("mine", "main")
+        repo.tier.push()
+    with him.open(tmp_path / "copy") as repo:
+        repo.tag("theirs", "main")
+        with pytest.raises(ConflictError, match="log of another"):
+            repo.tier.push()
+    place.restore()
+    with him.open(place.again) as repo:
+        assert {"mine", "v1"} <= repo.refs().keys()
+
+
 # -- on a disk that fails
 
 
@@ -406,6 +429,29 @@ def test_a_pack_across_the_cut_gets_its_end_and_its_name_is_never_used_again() -
         assert names == {f"packs/{kept}"}
         stack.ingest.tiles("main", "kv_cache", "new", {(0, 0): noise(9, 64)})
         assert {pack.name for pack in stack.projection.state().packs} > names
+
+
+def test_what_was_begun_when_the_cold_tier_held_less_goes_on() -> None:
+    cold = MemObjects()
+    disk, one = machine(cold)
+    one.put(0)
+    other = Machine(disk, cold, "b")
+    other.put(1)
+    one.put(2)
+    one.ends()
+    one.mirror.push_all()
+    left = MemDisk()
+    before = restore(left, cold, FakeClock(), "again", silent)
+    assert (before.packs, before.left_out > 0) == (1, True)
+    other.put(3)
+    other.ends()
+    other.mirror.push_all()
+    after = restore(left, cold, FakeClock(), "again", silent)
+    assert (after.packs, after.left_out) == (2, 0)
+    other.stack.history.refresh()
+    for stack in restored(left, cold):
+        assert stack.content() == other.stack.content()
+        assert stack.fsck().ok
 
 
 @pytest.mark.parametrize("mode", ["power", "power-after", "refuse", "partial"])
