@@ -31,7 +31,7 @@ from him.adapters.sqlite import SqliteMemo, SqliteProjection
 from him.catalog.fsck import Fsck, FsckReport, fault_of
 from him.catalog.history import TAG, History, new_ulid
 from him.catalog.log import FileLog
-from him.catalog.reader import SnapshotReader
+from him.catalog.reader import CRITICAL, SnapshotReader
 from him.catalog.restore import Restored
 from him.catalog.restore import restore as restore_log
 from him.config import (
@@ -700,7 +700,7 @@ class Repository:
             self._rows.rows(self._reader(found), None)
 
     def _reader(self, found: Snapshot) -> SnapshotReader:
-        return SnapshotReader(self._store, self._memo, found.directory)
+        return SnapshotReader(self._store, self._memo, found.directory, critical=CRITICAL in found.tags)
 
     def _source(self, found: Snapshot) -> SnapshotSource:
         return SnapshotSource(self._reader(found), self._rows)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from him.catalog.history import History
-from him.catalog.reader import SnapshotReader
+from him.catalog.reader import CRITICAL, SnapshotReader
 from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX, PIN_MINUTES
 from him.errors import BusyError, LimitError, NotFoundError, UsageError
 from him.ingest import Ingest, IngestReport, MakeBeside, Progress
@@ -71,12 +71,17 @@ class TierHandle:
         return self._mirror.demote(keep_bytes)
 
     def admit(self, snapshot: str, stream: str, frame: str) -> bool:
-        """Have a frame's tiles here; False when the budget has no room for all of them. Raises NotFoundError."""
-        return self._mirror.ahead(self._places(snapshot, stream, frame))
+        """Have a frame's tiles here; False when the budget has no room for all of them.
+
+        Raises:
+            NotFoundError: no such frame.
+            UnavailableError: the cold tier gave no answer lately; it is then left to those who wait for what they read.
+        """
+        return self._mirror.prefetch(self._places(snapshot, stream, frame))
 
     def admit_all(self, progress: Progress) -> bool:
         """Have every pack here that the cold tier holds; False when the budget has no room for all of them."""
-        return self._mirror.ahead_all(progress)
+        return self._mirror.prefetch_all(progress)
 
     def pin(self, snapshot: str, stream: str, frame: str, minutes: float = PIN_MINUTES) -> int:
         """Keep a frame's tiles from being freed for a while; extents pinned. Raises NotFoundError."""
@@ -174,7 +179,7 @@ class SnapshotHandle:
     def set_tag(self, key: str, value: str | None) -> None:
         """Set (or, with None, remove) an attribute such as task_id, owner, semantic_summary."""
         self.parts.history.set_attribute(self.id, key, value)
-        self.info = self.parts.history.snapshot(self.id)
+        self.info, self._read = self.parts.history.snapshot(self.id), None
 
     # -- reading
 
@@ -247,7 +252,8 @@ class SnapshotHandle:
     def reader(self) -> SnapshotReader:
         """The reader of the present directory, kept while that stays: it remembers the frames it found."""
         if self._read is None or self._read.directory != self.info.directory:
-            self._read = SnapshotReader(self.parts.store, self.parts.memo, self.info.directory)
+            critical = CRITICAL in self.info.tags
+            self._read = SnapshotReader(self.parts.store, self.parts.memo, self.info.directory, critical=critical)
         return self._read
 
     def _derived(self, frame: Frame, key: TileKey, entry: Entry) -> TileMeta:

@@ -19,20 +19,27 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from him.config import (
+    COLD_FAULT_NS,
     COLD_FLIGHT_MAX,
     COLD_GAP_BYTES,
     COLD_PART_BYTES,
     EXTENT_BYTES,
     HOTNESS_BYTES_MAX,
+    KEPT_BLOBS_MAX,
     OPEN_PACKS_MAX,
+    PIN_AGAIN_NS,
+    PIN_FOR_NS,
+    PIN_STRETCH,
+    TOUCH_GRAIN_NS,
     WARM_FREE_RATIO,
     WARM_PACK_RATIO,
 )
-from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, StorageError
+from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, StorageError, UnavailableError
 from him.ports import Clock, Disk, File, ObjectStore
 from him.tier import cold as copies
 from him.tier.cold import Claim, LogCopy, Receipt
 from him.tier.evict import EvictionPolicy, Extent
+from him.tier.pins import Pins, PinsByPack
 from him.types import PackFinished
 
 FOLDER: Final = "cold"
@@ -131,18 +138,22 @@ class Mirror:
         self._log: Callable[[int, int], bytes] = lambda _start, _limit: b""
         self._receipts_read = 0
         self._fetched_bytes = self._fetches = self._freed_bytes = self._passed_through = 0
-        self._fault = ""
+        self._fault, self._fault_ns = "", 0
+        self._taken = ""
+        self._kept: dict[bytes, int] = {}
         self._pushing = threading.Lock()
         self._mover = _Mover(self.push_all) if background and not read_only else None
         self._read_only = read_only
         self._sum = disk.open(_ACCOUNT, create=not read_only)
         self._account = _Account(self._sum)
         self._receipts = disk.open(_RECEIPTS, create=not read_only)
+        self._pins = Pins(disk, read_only=read_only)
         self._learn_receipts()
         if not read_only:
             disk.sync_folder(FOLDER)
             self._recall()
             with self._account:
+                self._learn_pins()
                 self._write_account(self._recounted())
 
     @property
@@ -211,6 +222,7 @@ class Mirror:
                     self._disk.write_whole(_HOTNESS, self._policy.dump())
             for file in (*self._files.values(), self._sum, self._receipts):
                 file.close()
+            self._pins.close()
             self._files = {}
 
     # -- fetching
@@ -232,7 +244,8 @@ class Mirror:
             here = self._brought(touched)
             if here:
                 with self._lock:
-                    self._policy.touch(touched, self._clock.now_ns())
+                    now = self._clock.now_ns()
+                    self._policy.touch(touched, now, self._stretched(now, now + PIN_FOR_NS) - now)
             yield here
         finally:
             with self._lock:
@@ -259,12 +272,22 @@ class Mirror:
         with self.using(wanted) as here:
             return here
 
-    def ahead_all(self, progress: Callable[[int, int, str], None]) -> bool:
-        """Have every pack here, a part at a time; False when there is no room for all of them."""
+    def prefetch(self, places: Iterable[tuple[str, int, int]]) -> bool:
+        """`ahead`, of what nobody waits for: a cold tier that has trouble answering is left to those who do.
+
+        Raises:
+            UnavailableError: it gave no answer lately, or gives none.
+        """
+        if self._ailing(self._clock.now_ns()):
+            raise UnavailableError(f"nothing is fetched ahead while the cold tier has trouble ({self._fault})")
+        return self.ahead(places)
+
+    def prefetch_all(self, progress: Callable[[int, int, str], None]) -> bool:
+        """`prefetch` of every pack, a part at a time."""
         for number, pack in enumerate(tuple(self._by_number)):
             progress(number, len(self._by_number), pack.name)
             for start in range(0, pack.size, COLD_PART_BYTES):
-                if not self.ahead([(pack.name, start, min(COLD_PART_BYTES, pack.size - start))]):
+                if not self.prefetch([(pack.name, start, min(COLD_PART_BYTES, pack.size - start))]):
                     return False
         return True
 
@@ -350,23 +373,56 @@ class Mirror:
         return freed
 
     def pin(self, places: Iterable[tuple[str, int, int]], until_ns: int) -> int:
-        """Keep ranges (path, offset, size) from being freed until a time (ns since 1970); extents pinned."""
-        with self._lock:
-            keys = [
-                (pack.number, at)
-                for path, offset, size in places
-                if (pack := self.pack(path)) is not None
-                for at in pack.extents(offset, size)
-            ]
-            self._policy.pin(keys, until_ns)
-            return len(keys)
+        """Keep ranges (path, offset, size) from being freed, by any process, until a time (ns since 1970); extents.
+
+        Raises:
+            LimitError: more pins than are kept.
+        """
+        now = self._clock.now_ns()
+        return self._change_pins(places, self._stretched(now, until_ns))
 
     def unpin(self, places: Iterable[tuple[str, int, int]]) -> None:
         """Take pins back."""
+        self._change_pins(places, 0)
+
+    def kept_lately(self, blob: bytes) -> bool:
+        """Whether `keep` pinned a blob so lately that it need not again."""
+        return self._kept.get(blob, 0) > self._clock.now_ns() - PIN_AGAIN_NS
+
+    def keep(self, blobs: Iterable[bytes], places: Iterable[tuple[str, int, int]]) -> None:
+        """Pin what was read from a critical snapshot; `blobs` are remembered for `kept_lately`."""
+        now = self._clock.now_ns()
+        # Alike for neighbours, which are kept in one row then.
+        self.pin(places, (now + PIN_FOR_NS) // TOUCH_GRAIN_NS * TOUCH_GRAIN_NS)
         with self._lock:
-            for path, offset, size in places:
-                if (pack := self.pack(path)) is not None:
-                    self._policy.unpin([(pack.number, at) for at in pack.extents(offset, size)])
+            if len(self._kept) > KEPT_BLOBS_MAX:
+                self._kept.clear()
+            self._kept.update(dict.fromkeys(blobs, now))
+
+    def _change_pins(self, places: Iterable[tuple[str, int, int]], until_ns: int) -> int:
+        changes: PinsByPack = {}
+        for path, offset, size in places:
+            if (pack := self.pack(path)) is not None:
+                changes.setdefault(path, {}).update(dict.fromkeys(pack.extents(offset, size), until_ns))
+        with self._account:
+            self._pins.change(changes, self._clock.now_ns())
+            self._learn_pins()
+        return sum(len(extents) for extents in changes.values())
+
+    def _learn_pins(self) -> None:
+        """What other processes pinned, or took back. Only with the account's lock held."""
+        news = self._pins.news()
+        if news is None:
+            return
+        with self._lock:
+            self._policy.replace_pins({
+                (self._packs[name].number, extent): until
+                for name, extents in news.items() if self.holds(name) for extent, until in extents.items()
+            })  # fmt: skip
+
+    def _stretched(self, now_ns: int, until_ns: int) -> int:
+        """Until when a pin lasts that would end then: twice as long while the cold tier does not answer."""
+        return now_ns + PIN_STRETCH * (until_ns - now_ns) if self._ailing(now_ns) else until_ns
 
     # -- copying to the cold tier
 
@@ -380,15 +436,18 @@ class Mirror:
         with self._pushing:
             waiting = [finished for finished in self._finished() if not self.holds(finished.pack)]
             if waiting or self._generation is not None:
-                self.check_owner()
+                with self._asking():
+                    self.check_owner()
             for number, finished in enumerate(waiting):
                 if progress is not None:
                     progress(number, len(waiting), finished.pack)
                 if self._mover is not None and self._mover.stopped:
                     return number
-                self.push(finished)
+                with self._asking():
+                    self.push(finished)
+                    self._log_copy.extend(self._log)
+            with self._asking():
                 self._log_copy.extend(self._log)
-            self._log_copy.extend(self._log)
             return len(waiting)
 
     def check_owner(self) -> None:
@@ -396,8 +455,9 @@ class Mirror:
         try:
             copies.check_owner(self._cold, self._generation)
         except ConflictError as error:
-            self._fault = error.message
+            self._taken = error.message
             raise
+        self._taken = ""
 
     def push(self, finished: PackFinished) -> None:
         """Copy a finished pack and read it back; only then may anything of it be freed. Resumes what was begun.
@@ -434,13 +494,14 @@ class Mirror:
             used = self._recounted()
             self._write_account(used)
             self._look_at_all()
+            self._learn_pins()
         with self._lock:
             warm = sum(pack.span(int(at))[1] for pack in self._by_number for at in np.flatnonzero(pack.here))
             return TierStatus(
                 self.budget_bytes, used, self._pinned_bytes(),
                 sum(pack.size for pack in self._by_number), len(self._by_number), warm,
                 sum(1 for finished in self._finished() if finished.pack not in self._packs),
-                self._fetched_bytes, self._fetches, self._freed_bytes, self._passed_through, self._fault,
+                self._fetched_bytes, self._fetches, self._freed_bytes, self._passed_through, self._taken or self._fault,
             )  # fmt: skip
 
     # -- inner: what is here
@@ -595,14 +656,24 @@ class Mirror:
             with self._lock:
                 pack.here[at] = True
 
-    def _got(self, path: str, ranges: Ranges) -> Sequence[memoryview]:
+    @contextmanager
+    def _asking(self) -> Generator[None]:
+        """Note whether the cold tier answers."""
         try:
-            parts = self._cold.get_ranges(path, ranges)
+            yield
         except StorageError as error:
-            self._fault = error.message
+            self._fault, self._fault_ns = error.message, self._clock.now_ns()
             raise
+        self._fault = ""
+
+    def _ailing(self, now_ns: int) -> bool:
+        """Whether the cold tier gave no answer when it was last asked, which was lately."""
+        return bool(self._fault) and now_ns < self._fault_ns + COLD_FAULT_NS
+
+    def _got(self, path: str, ranges: Ranges) -> Sequence[memoryview]:
+        with self._asking():
+            parts = self._cold.get_ranges(path, ranges)
         with self._lock:
-            self._fault = ""
             self._fetches += len(ranges)
             self._fetched_bytes += sum(size for _, size in ranges)
         return parts
@@ -629,6 +700,7 @@ class Mirror:
     def _evicted(self, size: int) -> int:
         """Free at least `size` bytes if that is possible; how many were freed."""
         freed = 0
+        self._learn_pins()
         with self._lock:
             lent: list[Extent] = []
             while freed < size:

@@ -241,6 +241,21 @@ class WarmStore:
                 unread = (page for page in pages if self._parsed.get(page) is None and self._pages.get(page) is None)
                 self._mirror.ahead(self.places(map(BlobId, unread)))
 
+    def keep(self, blobs: Sequence[BlobId]) -> None:
+        """Pin tiles that were just read, and what they are made of: they are touched together."""
+        if self._mirror is None:
+            return
+        waiting = [blob for blob in blobs if not self._mirror.kept_lately(blob)]
+        found: dict[BlobId, None] = {}
+        with suppress(HimError):  # It was read; that it is kept is a service.
+            while waiting:
+                blob = waiting.pop()
+                if blob not in found:
+                    found[blob] = None
+                    waiting += self.parts(self.read(blob))
+            if found:
+                self._mirror.keep(found, self.places(found))
+
     @contextmanager
     def view(self, blob: BlobId) -> Generator[Values]:
         """A tile without copying: read-only memory of the pack itself, verified, locked against eviction.
