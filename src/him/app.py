@@ -108,6 +108,7 @@ class TierSettings(msgspec.Struct, frozen=True):
     budget_bytes: int
     generation: int | None = 0
     log_begins: int = 0
+    storage_class: str = ""
 
     def claim(self) -> Claim:
         """As whom it writes."""
@@ -195,8 +196,11 @@ def restore(
         IntegrityError: what it holds is damaged; names the place.
         LimitError: not everything fits into the budget.
     """
-    root, store = Path(path), open_store(cold)
+    root = Path(path)
     _check_budget(budget_bytes)
+    if "://" not in cold and not Path(cold).is_dir():
+        raise NotFoundError("there is no such folder", object=cold, fix="name the place that `him tier set` was given")
+    store = open_store(cold)
     try:
         marker = store.get(MARKER, _MARKER_BYTES_MAX)
     except NotFoundError as error:
@@ -275,7 +279,7 @@ def _mirror(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None, *, r
     settings = _tier_settings(root)
     if settings is None or (read_only and not receipts(disk)):
         return None  # All of it is here.
-    store = cold or open_store(settings.cold)
+    store = cold or open_store(settings.cold, settings.storage_class)
     # What a restored repository writes stays here until it has a place to go to.
     background = settings.generation is not None
     return Mirror(
@@ -360,20 +364,21 @@ class Repository:
 
     # -- tiers
 
-    def set_tier(self, cold: str, budget_bytes: int, *, take_over: bool = False) -> None:
+    def set_tier(self, cold: str, budget_bytes: int, *, take_over: bool = False, storage_class: str = "") -> None:
         """Name the cold tier and the warm budget; they hold from the next opening on.
 
         Args:
             cold: a folder, or `s3://bucket/prefix` (credentials come from the environment).
             budget_bytes: what the packs may take on this disk.
             take_over: write to it from now on in place of the repository that does so; that one then only reads.
+            storage_class: of S3, for packs that are copied from now on, such as STANDARD_IA; empty: the bucket's own.
 
         Raises:
             UsageError: a store that cannot be, or a budget too small to work in.
             ConflictError: the cold tier belongs to another repository, or lacks packs that only the present one holds.
         """
         _check_budget(budget_bytes)
-        store, own = open_store(cold), self._disk.open(MARKER)
+        store, own = open_store(cold, storage_class), self._disk.open(MARKER)
         with contextlib.closing(own):
             marker = own.read_at(0, own.size())
         if not store.put(MARKER, marker, if_absent=True) and store.get(MARKER, len(marker) + 4096) != marker:
@@ -385,7 +390,8 @@ class Repository:
                 object=absent[0],
                 fix="copy its objects to the new place first; parts of them may be nowhere else",
             )
-        settings = TierSettings(cold, budget_bytes, *self._claim(store, cold, take_over=take_over))
+        claim = self._claim(store, cold, take_over=take_over)
+        settings = TierSettings(cold, budget_bytes, *claim, storage_class)
         self._disk.write_whole(TIER, msgspec.json.encode(settings) + b"\n")
 
     def _claim(self, store: ObjectStore, cold: str, *, take_over: bool) -> Claim:

@@ -45,3 +45,31 @@ def test_the_bucket_alone_gives_every_tile_back(
             assert np.array_equal(repo.snapshot("done").get("kv_cache", frame="f", x=number), tile(number))
         assert repo.fsck().ok
         assert repo.tier.status().fetched_bytes >= TILES * tile(0).nbytes
+
+
+def test_in_a_storm_of_503_nothing_is_fetched_ahead(
+    s3_server: S3Server, s3_proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "COLD_RETRY_SECONDS", 0.5)
+    with him.open(tmp_path / "memory", create=True) as repo:
+        repo.set_tier(s3_server.url("storm", port=s3_proxy.port), 32 * 2**20, storage_class="STANDARD_IA")
+    with him.open(tmp_path / "memory") as repo:
+        for number in range(8):
+            repo.writable("main").put("kv_cache", tile(number), frame="f", x=number)
+        repo.tier.push(all=True)
+        assert set(s3_proxy.counts.storage_classes) == {"STANDARD_IA"}
+        repo.tier.demote()
+        main = repo.snapshot("main")
+        assert np.array_equal(main.get("kv_cache", frame="f", x=0), tile(0))
+        repo.tier.demote()
+        s3_proxy.faults.refused_share = 1
+        with pytest.raises(UnavailableError):
+            main.get("kv_cache", frame="f", x=1)
+        assert "503" in repo.tier.status().fault
+        asked = s3_proxy.counts.requests
+        with pytest.raises(UnavailableError, match="ahead"):
+            repo.tier.admit("main", "kv_cache", "f")
+        assert s3_proxy.counts.requests == asked
+        s3_proxy.faults.refused_share = 0
+        assert np.array_equal(main.get("kv_cache", frame="f", x=1), tile(1))
+        assert repo.tier.status().fault == "" and repo.tier.admit("main", "kv_cache", "f")

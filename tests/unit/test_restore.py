@@ -226,8 +226,13 @@ def test_a_folder_with_something_in_it_is_left_alone(place: Place) -> None:
     assert [one.name for one in place.again.iterdir()] == ["notes.txt"]
     with pytest.raises(ConflictError):
         him.restore(str(place.cold), place.memory)
+    nowhere = place.again.with_name("nowhere")
+    with pytest.raises(NotFoundError):
+        him.restore(str(nowhere), place.again.with_name("third"))
+    assert not nowhere.exists()
+    nowhere.mkdir()
     with pytest.raises(NotFoundError, match="no repository"):
-        him.restore(str(place.cold) + "2", place.again.with_name("third"))
+        him.restore(str(nowhere), place.again.with_name("third"))
 
 
 def test_an_interrupted_restore_goes_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

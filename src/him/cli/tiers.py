@@ -72,6 +72,9 @@ def set_(
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Write there in place of the repository that does: it then only reads.")
     ] = False,
+    storage_class: Annotated[
+        str, typer.Option("--storage-class", metavar="CLASS", help="Of packs copied to S3: STANDARD_IA, GLACIER_IR, …")
+    ] = "",
     repo: RepoOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -79,7 +82,7 @@ def set_(
     session, size = session_of(context), bytes_of(budget)
     place = cold if "://" in cold else str(session.path(cold))
     with session.repository(repo) as repository:
-        repository.set_tier(place, size, take_over=take_over)
+        repository.set_tier(place, size, take_over=take_over, storage_class=storage_class)
     if json:
         session.json({"cold": place, "budget_bytes": size})
     else:
