@@ -208,6 +208,7 @@ def restore(
         raise NotFoundError("there is no repository in the cold tier", object=cold, fix=fix) from error
     if root.exists() and not _left_by_restore(root, marker):
         raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
+    _parsed_marker(marker, cold)
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     disk = LocalDisk(root)
     disk.write_whole(RESTORING, marker)
@@ -219,14 +220,15 @@ def restore(
             f"all packs take {found.cold_bytes:,} bytes, of the budget of {budget_bytes:,} nine tenths may be filled",
             fix="give a larger --budget, or leave --all out: packs are then fetched as they are read",
         )
-    disk.write_whole(TIER, msgspec.json.encode(TierSettings(cold, budget_bytes, None)) + b"\n")
+    settings = TierSettings(cold, budget_bytes, None)
+    if everything:
+        mirror = Mirror(disk, store, SystemClock(), budget_bytes, claim=settings.claim())
+        with contextlib.closing(mirror):
+            mirror.prefetch_all(show)
+    disk.write_whole(TIER, msgspec.json.encode(settings) + b"\n")
     # Last, so that a crash leaves either something to go on with or a whole repository.
     disk.write_whole(MARKER, marker)
-    _read_marker(root)
     disk.remove(RESTORING)
-    if everything:
-        with open(root) as repository:
-            repository.tier.admit_all(show)
     return found
 
 
@@ -300,11 +302,15 @@ def _left_by_creation(entry: Path) -> bool:
 
 
 def _read_marker(root: Path) -> _Marker:
+    return _parsed_marker((root / MARKER).read_bytes(), str(root))
+
+
+def _parsed_marker(data: bytes, place: str) -> _Marker:
     try:
-        marker = msgspec.json.decode((root / MARKER).read_bytes(), type=_Marker)
+        marker = msgspec.json.decode(data, type=_Marker)
         bytes.fromhex(marker.repository_id)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise IntegrityError(f"{MARKER} does not parse ({error})", object=MARKER, place=str(root)) from error
+        raise IntegrityError(f"{MARKER} does not parse ({error})", object=MARKER, place=place) from error
     if marker.format > FORMAT_VERSION:
         raise VersionError(f"the repository has format {marker.format}, this software knows {FORMAT_VERSION}")
     return marker

@@ -79,10 +79,6 @@ class TierHandle:
         """
         return self._mirror.prefetch(self._places(snapshot, stream, frame))
 
-    def admit_all(self, progress: Progress) -> bool:
-        """Have every pack here that the cold tier holds; False when the budget has no room for all of them."""
-        return self._mirror.prefetch_all(progress)
-
     def pin(self, snapshot: str, stream: str, frame: str, minutes: float = PIN_MINUTES) -> int:
         """Keep a frame's tiles from being freed for a while; extents pinned. Raises NotFoundError."""
         return self._mirror.pin(self._places(snapshot, stream, frame), self._clock.now_ns() + int(minutes * 60e9))

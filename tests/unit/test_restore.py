@@ -14,7 +14,7 @@ from him.adapters.folder import ObjectFolder
 from him.app import Repository
 from him.catalog.log import FileLog
 from him.catalog.restore import restore
-from him.errors import ConflictError, HimError, IntegrityError, LimitError, NotFoundError, StorageError
+from him.errors import ConflictError, HimError, IntegrityError, LimitError, NotFoundError, StorageError, VersionError
 from him.tier.mirror import Mirror
 from him.types import TileKey
 
@@ -109,6 +109,38 @@ def test_all_of_it_can_be_fetched_at_once(place: Place) -> None:
     place.cold.rename(place.cold.with_name("gone"))
     with him.open(place.again) as repo:
         assert content(repo) == before
+
+
+def test_fetching_all_goes_on_where_it_was_interrupted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = place.fill(everything=True)
+    ranges, left = ObjectFolder.get_ranges, [0]
+
+    def failing(store: ObjectFolder, name: str, wanted: list[tuple[int, int]]) -> list[memoryview]:
+        left[0] -= name.startswith("packs/")
+        if left[0] < 0:
+            raise StorageError("the store is gone", place=name)
+        return ranges(store, name, wanted)
+
+    left[0] = 2
+    monkeypatch.setattr(ObjectFolder, "get_ranges", failing)
+    with pytest.raises(StorageError):
+        place.restore(everything=True)
+    assert used(place.again) > 0 and not (place.again / "him.json").exists()
+    left[0] = 10**6
+    place.restore(everything=True)
+    assert 10**6 - left[0] == len(list((place.cold / "packs").iterdir())) - 2, "what was fetched is not again"
+    place.cold.rename(place.cold.with_name("gone"))
+    with him.open(place.again) as repo:
+        assert content(repo) == before
+
+
+def test_a_marker_of_newer_software_is_refused_before_anything_is_written(place: Place) -> None:
+    place.fill(everything=True)
+    marker = place.cold / "him.json"
+    marker.write_bytes(marker.read_bytes().replace(b'"format":1', b'"format":99'))
+    with pytest.raises(VersionError):
+        place.restore()
+    assert not place.again.exists()
 
 
 def test_more_than_the_budget_is_refused_before_anything_is_fetched(
