@@ -37,6 +37,7 @@ from him.config import (
 from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, StorageError, UnavailableError
 from him.ports import Clock, Disk, File, ObjectStore
 from him.tier import cold as copies
+from him.tier.account import Account
 from him.tier.cold import Claim, LogCopy, Receipt
 from him.tier.evict import EvictionPolicy, Extent
 from him.tier.pins import Pins, PinsByPack
@@ -44,10 +45,8 @@ from him.types import PackFinished
 
 FOLDER: Final = "cold"
 PACKS: Final = "packs/"
-_ACCOUNT: Final = f"{FOLDER}/account"
 _RECEIPTS: Final = f"{FOLDER}/receipts"
 _HOTNESS: Final = f"{FOLDER}/hotness"
-_SUM_BYTES: Final = 16
 
 _Names = list[str]
 Ranges = list[tuple[int, int]]
@@ -144,8 +143,7 @@ class Mirror:
         self._pushing = threading.Lock()
         self._mover = _Mover(self.push_all) if background and not read_only else None
         self._read_only = read_only
-        self._sum = disk.open(_ACCOUNT, create=not read_only)
-        self._account = _Account(self._sum)
+        self._account = Account(disk, self._recounted, read_only=read_only)
         self._receipts = disk.open(_RECEIPTS, create=not read_only)
         self._pins = Pins(disk, read_only=read_only)
         self._learn_receipts()
@@ -154,7 +152,7 @@ class Mirror:
             self._recall()
             with self._account:
                 self._learn_pins()
-                self._write_account(self._recounted())
+                self._account.used = self._recounted()
 
     @property
     def _limit(self) -> int:
@@ -220,7 +218,7 @@ class Mirror:
             if not self._read_only:
                 with contextlib.suppress(StorageError):  # Only a hint.
                     self._disk.write_whole(_HOTNESS, self._policy.dump())
-            for file in (*self._files.values(), self._sum, self._receipts):
+            for file in (*self._files.values(), self._account, self._receipts):
                 file.close()
             self._pins.close()
             self._files = {}
@@ -369,7 +367,7 @@ class Mirror:
             self._look_at_all()
             used = self._recounted()
             freed = self._evicted(used - keep_bytes)
-            self._write_account(used - freed)
+            self._account.used = used - freed
         return freed
 
     def pin(self, places: Iterable[tuple[str, int, int]], until_ns: int) -> int:
@@ -492,7 +490,7 @@ class Mirror:
         """Figures of this moment."""
         with self._account:
             used = self._recounted()
-            self._write_account(used)
+            self._account.used = used
             self._look_at_all()
             self._learn_pins()
         with self._lock:
@@ -599,7 +597,7 @@ class Mirror:
                 with self._account, self._lock:
                     self._policy.adopt(here)
                     lacking = self._bytes_of(missing) - self._bytes_of(here)
-                    self._write_account(max(0, self._read_account() - lacking))
+                    self._account.used -= lacking
         return True
 
     def _bytes_of(self, extents: Iterable[Extent]) -> int:
@@ -685,7 +683,7 @@ class Mirror:
         if self._read_only:
             return False
         with self._account:
-            used = self._read_account()
+            used = self._account.used
             if used + size > limit:
                 used -= self._evicted(used + size - limit)
             if used + size > limit:
@@ -694,7 +692,7 @@ class Mirror:
                 used = self._recounted()
                 used -= self._evicted(used + size - limit)
             fits = used + size <= limit
-            self._write_account(used + size if fits else used)
+            self._account.used = used + size if fits else used
             return fits
 
     def _evicted(self, size: int) -> int:
@@ -742,38 +740,6 @@ class Mirror:
             used += file.allocated()
             file.close()
         return used
-
-    def _read_account(self) -> int:
-        data = self._sum.read_at(0, 8 + _SUM_BYTES)
-        if blake3(data[:8]).digest()[:_SUM_BYTES] != data[8:]:
-            return self._recounted()
-        return int.from_bytes(data[:8], "little")
-
-    def _write_account(self, used: int) -> None:
-        if self._read_only:
-            return
-        data = max(0, used).to_bytes(8, "little")
-        self._sum.write_at(0, data + blake3(data).digest()[:_SUM_BYTES])
-
-
-class _Account:
-    """The lock of the account: between threads, then between processes; may be taken again by who holds it."""
-
-    def __init__(self, file: File) -> None:
-        self._file, self._depth = file, 0
-        self._threads = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._threads.acquire()
-        if not self._depth:
-            self._file.lock(wait=True)
-        self._depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._file.unlock()
-        self._threads.release()
 
 
 class _Mover:
