@@ -434,17 +434,17 @@ class Mirror:
         with self._pushing:
             waiting = [finished for finished in self._finished() if not self.holds(finished.pack)]
             if waiting or self._generation is not None:
-                with self._asking():
+                with self._asking(UnavailableError):
                     self.check_owner()
             for number, finished in enumerate(waiting):
                 if progress is not None:
                     progress(number, len(waiting), finished.pack)
                 if self._mover is not None and self._mover.stopped:
                     return number
-                with self._asking():
+                with self._asking(UnavailableError):
                     self.push(finished)
                     self._log_copy.extend(self._log)
-            with self._asking():
+            with self._asking(UnavailableError):
                 self._log_copy.extend(self._log)
             return len(waiting)
 
@@ -655,11 +655,11 @@ class Mirror:
                 pack.here[at] = True
 
     @contextmanager
-    def _asking(self) -> Generator[None]:
-        """Note whether the cold tier answers."""
+    def _asking(self, failure: type[StorageError] = StorageError) -> Generator[None]:
+        """Note whether the cold tier answers; `failure` says that it does not (others may be of this disk)."""
         try:
             yield
-        except StorageError as error:
+        except failure as error:
             self._fault, self._fault_ns = error.message, self._clock.now_ns()
             raise
         self._fault = ""
