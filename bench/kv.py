@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import him
-from bench import kv_data
+from bench import kv_cold, kv_data
 from bench.codecs import _divergence
 from bench.measure import Row, Rows, Took, interleaved, missing, percentile, row, share, took
 from him import kv
@@ -30,8 +30,9 @@ CACHES, CACHE_TOKENS, SYSTEM_PROMPTS, SEARCHES = 10_000, 4_000, 100, 1_000
 
 
 def run(*, tiny: bool = False) -> Rows:
-    """Rows of what the model says, of bytes, of speed and of looking up."""
+    """Rows of what the model says, of the same from S3, of bytes, of speed and of looking up."""
     yield from _said(tiny=tiny)
+    yield from kv_cold.run(tiny=tiny)
     yield from _branches(tiny=tiny)
     yield from _speed(tiny=tiny)
     yield from _found(tiny=tiny)

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -161,6 +162,8 @@ class Counts:
     """Of replies' bodies."""
     in_flight_max: int = 0
     methods: list[str] = field(default_factory=list[str])
+    storage_classes: list[str] = field(default_factory=list[str])
+    """Those that requests asked for."""
 
 
 class FaultProxy:
@@ -260,6 +263,7 @@ class FaultProxy:
         counts.requests += 1
         counts.gets += method == "GET"
         counts.methods.append(method)
+        counts.storage_classes += re.findall(r"x-amz-storage-class: (\S+)", head.decode("latin-1"))
         if faults.latency_ms:
             await asyncio.sleep(faults.latency_ms / 1_000)
         if faults.silent:

@@ -28,6 +28,8 @@ from him.types import StreamSpec
 SIDE, BUDGET, TIMES = 256, 64 * 1024 * 1024, 4
 WORKERS = 2
 OPERATIONS, TINY = 100_000, 600
+HALF_SECONDS = 60
+"""So long a half runs at most, unless in full."""
 WRITES = 0.1
 VIEW_FOR = 40
 """Operations a view is kept for."""
@@ -35,19 +37,20 @@ VIEW_FOR = 40
 Tile = NDArray[np.uint8]
 
 
-def run(*, tiny: bool = False) -> Rows:
-    """Rows of operations, wrong bytes, the budget, residency over a restart."""
+def run(*, tiny: bool = False, full: bool = False) -> Rows:
+    """Rows of operations, wrong bytes, the budget, residency over a restart; `full` runs until all are done."""
     budget = BUDGET // 4 if tiny else BUDGET
     # A little more, for what was written last is not in the cold tier yet.
     cells = int(1.2 * TIMES * budget) // (SIDE * SIDE) // WORKERS
-    operations = (TINY if tiny else OPERATIONS) // (2 * WORKERS)
+    wanted = TINY if tiny else OPERATIONS
+    operations, seconds = wanted // (2 * WORKERS), 10**6 if full else HALF_SECONDS
     with tempfile.TemporaryDirectory(prefix="him-tiers-") as name:
         place, most, began = Path(name) / "memory", 0, time.perf_counter()
         _make(place, Path(name) / "cold", budget, cells)
         known: list[list[int]] = [[0] * cells for _ in range(WORKERS)]
         totals: dict[str, int] = {}
         for half in range(2):
-            found = list(_workers(place, operations, known, half, viewing=half == 1))
+            found = list(_workers(place, operations, seconds, known, half, viewing=half == 1))
             most = max([most, *(one["most"] for one in found)])
             known = [one["versions"] for one in found]
             for key in ("read", "written", "views", "fetches", "through"):
@@ -66,7 +69,8 @@ def run(*, tiny: bool = False) -> Rows:
         took = time.perf_counter() - began
         yield row(
             "tiers", "operations, all verified", done, "operations", against=f"{totals['written']} of them writes",
-            goal="all right", holds=True, **totals, seconds=round(took, 1),
+            goal="all right", holds=True, **totals, seconds=round(took, 1), wanted=wanted,
+            ended="all done" if done >= wanted else f"after {2 * seconds} s; --full runs all",
         )  # fmt: skip
         yield row(
             "tiers", "bytes behind the budget", status.cold_bytes, "bytes", against=budget,
@@ -96,11 +100,14 @@ def _make(place: Path, cold: Path, budget: int, cells: int) -> None:
                 repo.writable("main").put_many("noise", part, frame=f"w{worker}")
 
 
-def _workers(place: Path, operations: int, known: list[list[int]], half: int, *, viewing: bool) -> Iterator[Any]:
+def _workers(
+    place: Path, operations: int, seconds: int, known: list[list[int]], half: int, *, viewing: bool
+) -> Iterator[Any]:
     """What each process tells at its end. Raises RuntimeError when one found a wrong byte."""
+    given = [str(one) for one in (operations, seconds, half, int(viewing))]
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "bench.tiers", str(place), *map(str, (number, operations, half, int(viewing)))],
+            [sys.executable, "-m", "bench.tiers", str(place), str(number), *given],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         for number in range(WORKERS)
@@ -128,16 +135,20 @@ def _used(place: Path) -> int:
     return sum(512 * one.st_blocks for one in map(os.stat, (place / "packs").iterdir()))
 
 
-def _work(place: Path, me: int, operations: int, half: int, *, viewing: bool, known: list[list[int]]) -> dict[str, Any]:
-    """One process's share; an assertion fails at the first wrong byte."""
+def _work(
+    place: Path, me: int, operations: int, seconds: int, half: int, *, viewing: bool, known: list[list[int]]
+) -> dict[str, Any]:
+    """One process's share, as much as `seconds` allow; an assertion fails at the first wrong byte."""
     rng, versions = random.Random(f"{me} {half}"), known[me]
     told = dict.fromkeys(("read", "written", "views", "most"), 0)
     cells = len(versions)
     order = list(range(cells))
     random.Random(half).shuffle(order)
     with him.open(place) as repo, ExitStack() as lent:
-        until, shown = 0, None
+        until, shown, end = 0, None, time.monotonic() + seconds
         for number in range(operations):
+            if time.monotonic() > end:
+                break
             if rng.random() < WRITES:
                 cell = order[int(cells * rng.random() ** 3)]
                 value = tile(me, cell, versions[cell] + 1)
@@ -174,7 +185,7 @@ def _proved(found: Tile, worker: int, cell: int, version: int, *, exact: bool) -
 
 
 if __name__ == "__main__":
-    folder, who, count, which, views = sys.argv[1:]
+    folder, who, count, longest, which, views = sys.argv[1:]
     print(json.dumps(_work(
-        Path(folder), int(who), int(count), int(which), viewing=views == "1", known=json.load(sys.stdin)
+        Path(folder), int(who), int(count), int(longest), int(which), viewing=views == "1", known=json.load(sys.stdin)
     )))  # fmt: skip

@@ -28,11 +28,15 @@ from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
 from him.adapters.rapidocr import RapidTextReader
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
+from him.catalog import marker as marker_file
 from him.catalog.fsck import Fsck, FsckReport, fault_of
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import TAG, History, new_ulid
 from him.catalog.log import FileLog
-from him.catalog.reader import SnapshotReader
+from him.catalog.marker import MARKER, Marker
+from him.catalog.reader import CRITICAL, SnapshotReader
+from him.catalog.restore import Restored
+from him.catalog.restore import restore as restore_log
 from him.catalog.retention import HOLD
 from him.catalog.stats import Stats, measure
 from him.catalog.transfer import Side, TransferReport, transfer
@@ -46,8 +50,10 @@ from him.config import (
     IMAGE_FILE_BYTES_MAX,
     IMAGE_PIXELS_MAX,
     REPOSITORY_FORMAT,
+    RESTORE_BUDGET_BYTES,
     TREE_BYTES_MAX,
     WARM_BUDGET_BYTES_LEAST,
+    WARM_FREE_RATIO,
 )
 from him.errors import (
     ConflictError,
@@ -57,7 +63,6 @@ from him.errors import (
     NotFoundError,
     StorageError,
     UsageError,
-    VersionError,
 )
 from him.handle import Parts, SnapshotHandle, TierHandle, read_limited
 from him.ingest import Ingest, IngestReport, Progress
@@ -72,6 +77,8 @@ from him.replay import replay as replay_trace
 from him.replay import save as save_trace
 from him.replay.trace import names as trace_names
 from him.replay.trace import new_trace
+from him.tier.cold import Claim, newest
+from him.tier.cold import take_over as claim_tier
 from him.tier.mirror import Mirror, receipts
 from him.tier.warm import PACK_FOLDER, WarmStore
 from him.types import (
@@ -86,7 +93,6 @@ from him.types import (
 )
 
 Array = NDArray[np.generic]
-MARKER: Final = "him.json"
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _NOT_READ: Final = "too large to be read for what it shows: stored with its levels, found by no query"
 _DECISION_ROOMS: Final = ("query", "index")
@@ -95,21 +101,26 @@ _SAMPLES_NEEDED: Final = 20
 
 
 TIER: Final = "tier.json"
+_MARKER_BYTES_MAX: Final = 4096
+RESTORING: Final = "restoring.json"
+"""Holds the marker of a repository that is being restored into the folder."""
 
 
 class TierSettings(msgspec.Struct, frozen=True):
-    """What `tier.json` holds: where the cold tier is, and how much of this disk the packs may take."""
+    """What `tier.json` holds: where the cold tier is, and how much of this disk the packs may take.
+
+    `generation` and `log_begins` say as whom the repository writes there (`tier.cold.Claim`); null: it only reads.
+    """
 
     cold: str
     budget_bytes: int
+    generation: int | None = 0
+    log_begins: int = 0
+    storage_class: str = ""
 
-
-class _Marker(msgspec.Struct):
-    """What `him.json` holds."""
-
-    format: int
-    repository_id: str
-    created_at_ns: int
+    def claim(self) -> Claim:
+        """As whom it writes."""
+        return Claim(self.generation, self.log_begins)
 
 
 def open(
@@ -187,29 +198,119 @@ def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Prog
         return repository.fsck(rebuild=rebuild, progress=progress)
 
 
+def restore(
+    cold: str,
+    path: str | os.PathLike[str],
+    *,
+    budget_bytes: int = RESTORE_BUDGET_BYTES,
+    everything: bool = False,
+    progress: Progress | None = None,
+) -> Restored:
+    """Make a repository from its cold tier alone; it only reads that tier until `set_tier(…, take_over=True)`.
+
+    What the newest, unfinished packs held is not there: the log is cut before the first commit that needs it. Packs are
+    fetched as they are read. An interrupted restore goes on when it is called again.
+
+    Args:
+        cold: a folder, or `s3://bucket/prefix` (credentials come from the environment).
+        path: a folder that does not exist or is empty.
+        budget_bytes: what the packs may take on this disk.
+        everything: fetch all packs at once.
+
+    Raises:
+        ConflictError: the folder holds something else.
+        NotFoundError: there is no repository in the cold tier.
+        IntegrityError: what it holds is damaged; names the place.
+        LimitError: not everything fits into the budget.
+    """
+    root = Path(path)
+    _check_budget(budget_bytes)
+    if "://" not in cold and not Path(cold).is_dir():
+        raise NotFoundError("there is no such folder", object=cold, fix="name the place that `him tier set` was given")
+    store = open_store(cold)
+    try:
+        marker = store.get(MARKER, _MARKER_BYTES_MAX)
+    except NotFoundError as error:
+        fix = "name the place that `him tier set` was given"
+        raise NotFoundError("there is no repository in the cold tier", object=cold, fix=fix) from error
+    if root.exists() and not _left_by_restore(root, marker):
+        raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
+    marker_file.parsed(marker, cold)
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    disk = LocalDisk(root)
+    disk.write_whole(RESTORING, marker)
+    (root / PACK_FOLDER).mkdir(exist_ok=True, mode=0o700)
+    show = progress or _silent
+    found = restore_log(disk, store, SystemClock(), f"{platform.node()}:{os.getpid()}", show)
+    if everything and found.cold_bytes > budget_bytes * (1 - WARM_FREE_RATIO):
+        raise LimitError(
+            f"all packs take {found.cold_bytes:,} bytes, of the budget of {budget_bytes:,} nine tenths may be filled",
+            fix="give a larger --budget, or leave --all out: packs are then fetched as they are read",
+        )
+    settings = TierSettings(cold, budget_bytes, None)
+    if everything:
+        mirror = Mirror(disk, store, SystemClock(), budget_bytes, claim=settings.claim())
+        with contextlib.closing(mirror):
+            mirror.prefetch_all(show)
+    disk.write_whole(TIER, msgspec.json.encode(settings) + b"\n")
+    # Last, so that a crash leaves either something to go on with or a whole repository.
+    disk.write_whole(MARKER, marker)
+    disk.remove(RESTORING)
+    return found
+
+
+def _left_by_restore(root: Path, marker: bytes) -> bool:
+    """Whether the folder is empty, or holds what an interrupted restore of this repository has left."""
+    if not root.is_dir():
+        return False
+    names = {
+        entry.name for entry in root.iterdir() if not (entry.name.startswith(RESTORING) and entry.suffix == ".new")
+    }
+    if not names:
+        return True
+    return MARKER not in names and RESTORING in names and (root / RESTORING).read_bytes() == marker
+
+
+def _check_budget(budget_bytes: int) -> None:
+    if budget_bytes < WARM_BUDGET_BYTES_LEAST:
+        raise UsageError(
+            f"a warm budget of {budget_bytes} bytes is too small", fix=f"give at least {WARM_BUDGET_BYTES_LEAST}"
+        )
+
+
 def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
     if root.exists() and (not root.is_dir() or not all(_left_by_creation(entry) for entry in root.iterdir())):
         raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     FileLog.create(disk)
     (root / PACK_FOLDER).mkdir(exist_ok=True, mode=0o700)
-    marker = _Marker(REPOSITORY_FORMAT, rng.token(16).hex(), clock.now_ns())
+    marker = Marker(REPOSITORY_FORMAT, rng.token(16).hex(), clock.now_ns())
     # Last, so that a crash leaves either no repository or a whole one.
-    disk.write_whole(MARKER, msgspec.json.encode(marker) + b"\n")
+    disk.write_whole(MARKER, marker.encoded())
 
 
-def _mirror(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None, *, read_only: bool) -> Mirror | None:
-    """The packs' way to the cold tier, where one is set. Raises UsageError for settings that do not parse."""
+def _tier_settings(root: Path) -> TierSettings | None:
+    """The tier that is set, if any. Raises UsageError for settings that do not parse."""
     try:
-        settings = msgspec.json.decode((root / TIER).read_bytes(), type=TierSettings)
+        return msgspec.json.decode((root / TIER).read_bytes(), type=TierSettings)
     except FileNotFoundError:
         return None
     except msgspec.MsgspecError as error:
         raise UsageError(f"{TIER} does not parse ({error})", place=TIER, fix="set it anew: `him tier set`") from error
-    if read_only and not receipts(disk):
+
+
+def _mirror(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None, *, read_only: bool) -> Mirror | None:
+    """The packs' way to the cold tier, where one is set. Raises UsageError for settings that do not parse."""
+    settings = _tier_settings(root)
+    if settings is None or (read_only and not receipts(disk)):
         return None  # All of it is here.
-    store = cold or open_store(settings.cold)
-    return Mirror(disk, store, clock, settings.budget_bytes, background=True, read_only=read_only)
+    store = cold or open_store(settings.cold, settings.storage_class)
+    # What a restored repository writes stays here until it has a place to go to.
+    background = settings.generation is not None
+    return Mirror(
+        disk, store, clock, settings.budget_bytes,
+        background=background, read_only=read_only, claim=settings.claim(),
+    )  # fmt: skip
 
 
 def _left_by_creation(entry: Path) -> bool:
@@ -223,28 +324,12 @@ def _left_by_creation(entry: Path) -> bool:
     )
 
 
-def _read_marker(root: Path) -> _Marker:
-    try:
-        marker = msgspec.json.decode((root / MARKER).read_bytes(), type=_Marker)
-        bytes.fromhex(marker.repository_id)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise IntegrityError(f"{MARKER} does not parse ({error})", object=MARKER, place=str(root)) from error
-    if marker.format > REPOSITORY_FORMAT:
-        raise VersionError(f"the repository has format {marker.format}, this software knows {REPOSITORY_FORMAT}")
-    return marker
+def _read_marker(root: Path) -> Marker:
+    return marker_file.parsed((root / MARKER).read_bytes(), str(root))
 
 
 def _silent(_done: int, _total: int, _what: str) -> None:
     """No progress is shown."""
-
-
-def _same_repository(one: bytes, other: bytes) -> bool:
-    """Whether two markers are of one repository, whatever their formats."""
-    try:
-        first, second = (msgspec.json.decode(data, type=_Marker) for data in (one, other))
-    except msgspec.MsgspecError:
-        return False
-    return first.repository_id == second.repository_id
 
 
 class Repository:
@@ -304,25 +389,26 @@ class Repository:
 
     # -- tiers
 
-    def set_tier(self, cold: str, budget_bytes: int) -> None:
+    def set_tier(self, cold: str, budget_bytes: int, *, take_over: bool = False, storage_class: str = "") -> None:
         """Name the cold tier and the warm budget; they hold from the next opening on.
 
         Args:
             cold: a folder, or `s3://bucket/prefix` (credentials come from the environment).
             budget_bytes: what the packs may take on this disk.
+            take_over: write to it from now on in place of the repository that does so; that one then only reads.
+            storage_class: of S3, for packs that are copied from now on, such as STANDARD_IA; empty: the bucket's own.
 
         Raises:
             UsageError: a store that cannot be, or a budget too small to work in.
             ConflictError: the cold tier belongs to another repository, or lacks packs that only the present one holds.
         """
-        if budget_bytes < WARM_BUDGET_BYTES_LEAST:
-            raise UsageError(
-                f"a warm budget of {budget_bytes} bytes is too small", fix=f"give at least {WARM_BUDGET_BYTES_LEAST}"
-            )
-        store, own = open_store(cold), self._disk.open(MARKER)
+        _check_budget(budget_bytes)
+        store, own = open_store(cold, storage_class), self._disk.open(MARKER)
         with contextlib.closing(own):
             marker = own.read_at(0, own.size())
-        if not store.put(MARKER, marker, if_absent=True) and not _same_repository(store.get(MARKER, 4096), marker):
+        if not store.put(MARKER, marker, if_absent=True) and not marker_file.same_repository(
+            store.get(MARKER, 4096), marker
+        ):
             raise ConflictError("the cold tier belongs to another repository", object=cold, fix="name another prefix")
         absent = [receipt.pack for receipt in receipts(self._disk) if store.size(receipt.pack) != receipt.size]
         if absent:
@@ -331,7 +417,20 @@ class Repository:
                 object=absent[0],
                 fix="copy its objects to the new place first; parts of them may be nowhere else",
             )
-        self._disk.write_whole(TIER, msgspec.json.encode(TierSettings(cold, budget_bytes)) + b"\n")
+        claim = self._claim(store, cold, take_over=take_over)
+        settings = TierSettings(cold, budget_bytes, *claim, storage_class)
+        self._disk.write_whole(TIER, msgspec.json.encode(settings) + b"\n")
+
+    def _claim(self, store: ObjectStore, cold: str, *, take_over: bool) -> Claim:
+        """As whom to write to a cold tier: as before where it is the present one."""
+        present = _tier_settings(self.path)
+        if take_over:
+            return claim_tier(store, self._log.published, self._rng.token(16).hex())
+        if present is not None and present.cold == cold:
+            return present.claim()
+        if newest(store):
+            raise ConflictError("another repository has taken the cold tier over", object=cold, fix="give --take-over")
+        return Claim(0, 0)
 
     @property
     def tier(self) -> "TierHandle":
@@ -679,9 +778,8 @@ class Repository:
     def _raise_format(self) -> None:
         """Records that older software does not know are about to be written: it must say so instead of stumbling."""
         marker = _read_marker(self.path)
-        if marker.format < REPOSITORY_FORMAT:
-            newer = msgspec.structs.replace(marker, format=REPOSITORY_FORMAT)
-            self._disk.write_whole(MARKER, msgspec.json.encode(newer) + b"\n")
+        if marker != marker.raised():
+            self._disk.write_whole(MARKER, marker.raised().encoded())
 
     def stats(self, progress: Progress | None = None) -> Stats:
         """Bytes by stream and tier, and what sharing, compression and deltas save. Reads every page."""
@@ -775,7 +873,7 @@ class Repository:
             self._rows.rows(self._reader(found), None)
 
     def _reader(self, found: Snapshot) -> SnapshotReader:
-        return SnapshotReader(self._store, self._memo, found.directory)
+        return SnapshotReader(self._store, self._memo, found.directory, critical=CRITICAL in found.tags)
 
     def _source(self, found: Snapshot) -> SnapshotSource:
         return SnapshotSource(self._reader(found), self._rows)
@@ -865,4 +963,14 @@ def _plain(operation: msgspec.Struct) -> dict[str, object]:
     return {"operation": str(operation.__struct_config__.tag), **shown}
 
 
-__all__ = ["HimError", "Repository", "SnapshotHandle", "TransferReport", "answer_line", "check", "clone", "open"]
+__all__ = [
+    "HimError",
+    "Repository",
+    "SnapshotHandle",
+    "TransferReport",
+    "answer_line",
+    "check",
+    "clone",
+    "open",
+    "restore",
+]

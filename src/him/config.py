@@ -62,6 +62,8 @@ EXTENT_BYTES: Final = 256 * 1024
 WARM_FREE_RATIO: Final = 0.10
 """Of the warm budget kept free for what is written: fetching never fills it."""
 WARM_BUDGET_BYTES_LEAST: Final = 16 * 1024 * 1024
+RESTORE_BUDGET_BYTES: Final = 20 * 1024 * 1024 * 1024
+"""The warm budget of a repository restored from its cold tier, where none is given."""
 WARM_PACK_RATIO: Final = 1 / 16
 """A pack that is written to takes at most this part of the budget (and one commit more)."""
 PIN_MINUTES: Final = 30.0
@@ -134,6 +136,14 @@ PIN_TOUCHES: Final = 30
 """N: an extent touched more often than this within the window is pinned (one a second counts)."""
 PIN_WINDOW_MINUTES: Final = 10
 PIN_FOR_NS: Final = 30 * 60 * 1_000_000_000
+PIN_STRETCH: Final = 2
+"""Pins that are made while the cold tier does not answer last so many times longer."""
+PIN_AGAIN_NS: Final = 5 * 60 * 1_000_000_000
+"""What is read from a critical snapshot is pinned again once its pin is older than this."""
+KEPT_BLOBS_MAX: Final = 100_000
+PINS_BYTES_MAX: Final = 4 * 1024 * 1024
+COLD_FAULT_NS: Final = 30 * 1_000_000_000
+"""So long after the cold tier last failed to answer nothing is fetched ahead, and pins are made for twice as long."""
 HOTNESS_KEYS_MAX: Final = 1_000_000
 """Extents (and ghosts) whose hotness is saved: those of 256 GiB."""
 HOTNESS_BYTES_MAX: Final = 64 * 1024 * 1024

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from him.catalog.history import History
 from him.catalog.lease import Lease
-from him.catalog.reader import SnapshotReader
+from him.catalog.reader import CRITICAL, SnapshotReader
 from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX, PIN_MINUTES
-from him.errors import LimitError, NotFoundError, UsageError
+from him.errors import BusyError, LimitError, NotFoundError, UsageError
 from him.ingest import Ingest, IngestReport, MakeBeside, Progress
 from him.ports import Clock, Memo, PictureDecoder
 from him.pyramid import diff, directory, levels
@@ -50,21 +50,35 @@ class TierHandle:
         """Figures of this moment."""
         return self._mirror.status()
 
-    def push(self, progress: Progress | None = None) -> int:
+    def push(self, progress: Progress | None = None, *, all: bool = False) -> int:
         """Copy to the cold tier, and read back, every finished pack it does not hold; how many there were.
+
+        Args:
+            all: end the packs that are being written first, so that a restore from the cold tier has everything.
 
         Raises:
             UnavailableError, StorageError, IntegrityError: what was copied until then stays copied.
+            BusyError: with `all`, another process writes to a pack; the rest was copied.
         """
-        return self._mirror.push_all(progress)
+        growing = self._history.finish_packs() if all else []
+        copied = self._mirror.push_all(progress)
+        if growing:
+            fix = "push again once the other process has ended"
+            raise BusyError("another process writes to a pack, which was not copied", place=growing[0], fix=fix)
+        return copied
 
     def demote(self, keep_bytes: int = 0) -> int:
         """Free what is used least until the packs take at most `keep_bytes`; what is only here stays. Bytes freed."""
         return self._mirror.demote(keep_bytes)
 
     def admit(self, snapshot: str, stream: str, frame: str) -> bool:
-        """Have a frame's tiles here; False when the budget has no room for all of them. Raises NotFoundError."""
-        return self._mirror.ahead(self._places(snapshot, stream, frame))
+        """Have a frame's tiles here; False when the budget has no room for all of them.
+
+        Raises:
+            NotFoundError: no such frame.
+            UnavailableError: the cold tier gave no answer lately; it is then left to those who wait for what they read.
+        """
+        return self._mirror.prefetch(self._places(snapshot, stream, frame))
 
     def pin(self, snapshot: str, stream: str, frame: str, minutes: float = PIN_MINUTES) -> int:
         """Keep a frame's tiles from being freed for a while; extents pinned. Raises NotFoundError."""
@@ -163,7 +177,7 @@ class SnapshotHandle:
     def set_tag(self, key: str, value: str | None) -> None:
         """Set (or, with None, remove) an attribute such as task_id, owner, semantic_summary."""
         self.parts.history.set_attribute(self.id, key, value)
-        self.info = self.parts.history.snapshot(self.id)
+        self.info, self._read = self.parts.history.snapshot(self.id), None
 
     # -- reading
 
@@ -236,7 +250,8 @@ class SnapshotHandle:
     def reader(self) -> SnapshotReader:
         """The reader of the present directory, kept while that stays: it remembers the frames it found."""
         if self._read is None or self._read.directory != self.info.directory:
-            self._read = SnapshotReader(self.parts.store, self.parts.memo, self.info.directory)
+            critical = CRITICAL in self.info.tags
+            self._read = SnapshotReader(self.parts.store, self.parts.memo, self.info.directory, critical=critical)
         return self._read
 
     def _derived(self, frame: Frame, key: TileKey, entry: Entry) -> TileMeta:

@@ -209,7 +209,9 @@ def load(handle: SnapshotHandle, name: str, binding: Binding, *, tokens: int | N
         low = min(top + len(band), count)
         kv_tensor(band[: low - top], (*shape[:3], low - top, shape[4]), whole[:, :, :, top:low])
 
-    store.spread(place, range(-(-count // frame.tile_height)))
+    rows = -(-count // frame.tile_height)
+    store.spread(place, range(rows))
+    reader.was_read([BlobId(blob) for blob in record.tiles[: rows * frame.columns]])
     return Cache(whole, np.frombuffer(record.tokens, dtype=">u4", count=count).astype(np.int64))
 
 

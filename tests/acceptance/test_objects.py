@@ -356,3 +356,27 @@ def test_a_refusal_names_the_fix_and_no_key(
             impatient(s3_proxy.port).put("p", b"")
         said += json.dumps(caught.value.as_dict())
     assert not [key for key in ("wrong-", SECRET_KEY, ACCESS_KEY) if key in said]
+
+
+def test_what_is_uploaded_has_the_storage_class_and_small_objects_have_not(
+    s3_server: S3Server, s3_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    url = s3_server.url(tmp_path.name, port=s3_proxy.port)
+    far = open_store(url, "STANDARD_IA")
+    far.put("log/0", b"small")
+    far.put("owner", b"small", if_absent=True)
+    assert s3_proxy.counts.storage_classes == []
+    far.upload("packs/a", [noise(GRAIN)])
+    assert s3_proxy.counts.storage_classes == ["STANDARD_IA"]
+    assert far.get("packs/a", GRAIN) == noise(GRAIN)
+    open_store(url).upload("packs/b", [b"1"])
+    assert s3_proxy.counts.storage_classes == ["STANDARD_IA"]
+
+
+@pytest.mark.parametrize("name", ["GLACIER", "DEEP_ARCHIVE", "standard_ia", "x\r\ny: z"])
+def test_a_class_that_cannot_be_read_at_once_is_refused(s3_server: S3Server, s3_keys: None, name: str) -> None:
+    with pytest.raises(UsageError, match="read at once") as refused:
+        open_store(s3_server.url(), name)
+    assert "GLACIER_IR" in refused.value.fix
+    with pytest.raises(UsageError, match="folder"):
+        open_store("/tmp", name)

@@ -227,7 +227,8 @@ def test_the_commands_of_the_issue_are_there() -> None:
         "init|snap create|snap seal|snap list|snap show|snap diff|snap delete|snap tag|log|branch|tiles put|"
         "tiles delta|tiles get|tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|"
         "daemon status|daemon run|tier set|tier status|tier push|tier demote|tier admit|tier pin|tier unpin|"
-        "kv save|kv load|kv prefix|kv list|gc|compact|stats|retention list|retention set|snap hold|push|pull|clone"
+        "kv save|kv load|kv prefix|kv list|gc|compact|stats|retention list|retention set|snap hold|"
+        "push|pull|clone|restore"
     )
     assert set(COMMANDS) == set(wanted.split("|")) == set(EXAMPLES)
 
@@ -383,6 +384,18 @@ def test_tier_json(cli: Him, tmp_path: Path) -> None:
     assert cli("fsck", *tier).row()["ok"]
     shown = cli("tier", "status", "--repo", memory)
     assert "the cold tier answered" in shown.out and "MB" in shown.out
+    assert cli("tier", "push", "--all", *tier).code == 0
+    again = str(tmp_path / "again")
+    ran = cli("restore", str(tmp_path / "cold"), again, "--budget", "64MiB", "--json")
+    shape(ran.row(), {"commits": int, "until": str, "left_out": int, "lacking": str, "packs": int, "cold_bytes": int})
+    assert ran.row()["left_out"] == 0 and ran.row()["until"].endswith("Z")
+    assert cli("fsck", "--repo", again, "--json").row()["ok"]
+    assert cli("restore", str(tmp_path / "cold"), again, "--json").row()["error"] == "conflict"
+    shown = cli("restore", str(tmp_path / "cold"), str(tmp_path / "third"), "--all")
+    assert "restored" in shown.out and "left out" not in shown.out
+    there = ("--cold", str(tmp_path / "cold"), "--budget", "64MiB", "--repo", again, "--json")
+    assert cli("tier", "set", *there, "--take-over").code == 0
+    assert cli("tier", "push", *tier).row()["error"] == "conflict"
 
 
 def test_push_pull_and_clone_json(cli: Him, repo: Path, tmp_path: Path) -> None:
@@ -697,7 +710,7 @@ def clutter(repo: Path, tmp_path: Path) -> None:
         with him.open(tmp_path / name, create=True):
             pass
     marker = tmp_path / "newer" / "him.json"
-    marker.write_text(marker.read_text().replace('"format":1', '"format":99'))
+    marker.write_text(marker.read_text().replace('"format":2', '"format":99'))
     (tmp_path / "broken" / "him.json").write_text("{")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "model.json").write_text(json.dumps(MODEL))

@@ -162,7 +162,7 @@ def test_a_batch_that_shares_what_is_condemned_under_it_stores_it_again(stack: S
     tile = encode_array(noise(1))
     assert stack.store.put_tile(tile, bytes(16)) is False  # It is there, though nothing refers to it.
     other = Stack(stack.disk, rng=FakeRng(5))
-    stack.history.finish_pack()
+    stack.history.finish_packs()
     found = collect(other)
     assert (found.condemned_packs, found.waiting_packs) == (1, 1)
     shape = Frame("noise", "", "array", SIDE, 4 * SIDE, 0, "uint8", SIDE, SIDE, 0, "none", b"", 0)
@@ -182,13 +182,13 @@ def test_a_put_does_not_rely_on_a_delta_whose_base_is_gone(stack: Stack) -> None
     """The base lies in a pack that is removed, the delta in one that stays, and nothing refers to either."""
     base = noise(1)
     put(stack, {0: base})
-    stack.history.finish_pack()
+    stack.history.finish_packs()
     changed = base.copy()
     changed[7, 7] ^= 255
     put(stack, {0: changed, **{x: noise(100 + x) for x in range(1, 9)}})
-    stack.history.finish_pack()
+    stack.history.finish_packs()
     name = next(e.blob_id for _, _, e in _cells(stack))
-    assert stack.store.parts(name), "stored as a delta"
+    assert stack.store.made_of(name), "stored as a delta"
     put(stack, {0: noise(3)})
     found = collect(stack, share=0.9)
     assert found.removed_packs == 1
@@ -233,7 +233,7 @@ def test_orphans_go_and_a_living_writers_pack_stays(stack: Stack) -> None:
 def test_small_packs_are_joined(stack: Stack) -> None:
     for x in range(6):
         put(stack, {x: noise(x)})
-        stack.history.finish_pack()
+        stack.history.finish_packs()
     found = collect(stack, share=0.5, small=1 << 30)
     assert found.condemned_packs == 6
     assert len(stack.disk.list("packs")) == 1
@@ -567,7 +567,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(who=st.integers(0, 1))
     def finish(self, who: int) -> None:
-        self.stacks[who].history.finish_pack()
+        self.stacks[who].history.finish_packs()
 
     @rule(who=st.integers(0, 1), forget=st.booleans())
     def reopen(self, who: int, forget: bool) -> None:

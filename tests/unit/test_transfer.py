@@ -1122,7 +1122,7 @@ def test_a_collection_in_the_target_stops_the_push_and_the_next_one_completes_it
         if not collected:
             target.history.adopt = adopt
             target.history.adopt(lambda: (), begun=begun)
-            target.history.finish_pack()
+            target.history.finish_packs()
             collected.append(collect())
         adopt(build, begun=begun)  # type: ignore[arg-type]
 

@@ -37,6 +37,8 @@ from him.errors import HimError, LimitError, NotFoundError, StorageError, Unavai
 from him.ports import ObjectStore
 
 _BUCKET: Final = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+STORAGE_CLASSES: Final = ("STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR")
+"""Those of S3 whose objects are read at once; what lies deeper has to be asked for hours before."""
 _OPTIONS: Final = ("endpoint", "path_style", "region")
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _CREDENTIALS: Final = (
@@ -61,15 +63,17 @@ _FIXES: Final = {
 _DENIED: Final = "mend AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or the bucket's policy"
 
 
-def open_store(url: str) -> ObjectStore:
+def open_store(url: str, storage_class: str = "") -> ObjectStore:
     """The object store a URL names; nothing is asked of a bucket yet.
 
     Args:
         url: a folder (`/data/cold`, `file:///data/cold`), or `s3://bucket/prefix` with the options `endpoint`,
             `region` and `path_style` as a query or as AWS_ENDPOINT_URL and AWS_REGION in the environment.
+        storage_class: of a bucket's large objects, one of STORAGE_CLASSES; empty: the bucket's own.
 
     Raises:
-        UsageError: no such kind of store, an unknown option, credentials in the URL, http beyond this machine.
+        UsageError: no such kind of store, an unknown option, credentials in the URL, http beyond this machine; a
+            storage class of a folder, or one that is none or cannot be read at once.
         StorageError: the folder cannot be made, or the environment holds no credentials.
     """
     try:
@@ -77,7 +81,9 @@ def open_store(url: str) -> ObjectStore:
     except ValueError:
         raise UsageError("not a cold store's URL", fix="give a folder or s3://bucket/prefix") from None
     if parts.scheme == "s3":
-        return _bucket(parts)
+        return _bucket(parts, storage_class)
+    if storage_class:
+        raise UsageError("a folder has no storage classes", fix="leave --storage-class out")
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost") or parts.query or not parts.path.startswith("/"):
             raise UsageError("a file URL names a folder of this machine", fix="write file:///folder")
@@ -87,8 +93,13 @@ def open_store(url: str) -> ObjectStore:
     return ObjectFolder(Path(url).expanduser().absolute())
 
 
-def _bucket(parts: SplitResult) -> "ObjectBucket":
+def _bucket(parts: SplitResult, storage_class: str) -> "ObjectBucket":
     """The bucket of an s3 URL, after every check that needs no request."""
+    if storage_class and storage_class not in STORAGE_CLASSES:
+        raise UsageError(
+            f"no storage class whose objects are read at once: {storage_class[:40]}",
+            fix=f"use one of: {', '.join(STORAGE_CLASSES)}",
+        )
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     if "@" in parts.netloc or any(re.search("key|secret|token|cred|sign|pass", name.lower()) for name in options):
         raise UsageError(
@@ -113,6 +124,7 @@ def _bucket(parts: SplitResult) -> "ObjectBucket":
         endpoint=_checked_endpoint(options.get("endpoint") or _from_environment(_ENDPOINTS)),
         region=options.get("region") or _from_environment(("AWS_REGION", "AWS_DEFAULT_REGION")) or "us-east-1",
         path_style=options.get("path_style", "true") == "true",
+        storage_class=storage_class,
     )
 
 
@@ -160,7 +172,9 @@ class ObjectBucket:
         region: str = "us-east-1",
         path_style: bool = True,
         retries: int = COLD_RETRIES_MAX,
+        storage_class: str = "",
     ) -> None:
+        self._attributes = {"Storage-Class": storage_class} if storage_class else None
         self._url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._retries = retries
         if endpoint and not path_style:
@@ -272,6 +286,7 @@ class ObjectBucket:
                 self._store,
                 name,
                 handed.taken(),
+                attributes=self._attributes,
                 use_multipart=True,
                 chunk_size=COLD_PART_BYTES,
                 max_concurrency=COLD_PARTS_FLIGHT_MAX,
@@ -413,4 +428,4 @@ def _obstore(part: str = "") -> Any:
     return import_module(f"obstore.{part}" if part else "obstore")
 
 
-__all__ = ["ObjectBucket", "open_store"]
+__all__ = ["STORAGE_CLASSES", "ObjectBucket", "open_store"]

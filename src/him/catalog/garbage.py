@@ -6,6 +6,7 @@ and writers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import msgspec
@@ -16,7 +17,7 @@ from him.catalog import retention
 from him.catalog.history import History
 from him.catalog.retention import Expiry
 from him.config import COLLECT_COPY_BYTES, STREAMS
-from him.errors import NotFoundError
+from him.errors import ConflictError, NotFoundError, UnavailableError
 from him.pack import format as layout
 from him.ports import Clock, Projection
 from him.pyramid import directory, levels, page
@@ -108,7 +109,7 @@ class Marks:
         while found:
             blob = found.pop()
             if self._visit("parts", blob):
-                made_of = self._store.parts(BlobId(blob))
+                made_of = self._store.made_of(BlobId(blob))
                 self._mark(made_of)
                 found += made_of
 
@@ -185,8 +186,7 @@ class Collector:
         """
         expired = () if dry_run else self._expire()
         if not dry_run:
-            while self._history.adopt_pack():
-                self._history.finish_pack()
+            self._history.finish_packs()
         with self._history.lease():
             self._history.refresh()
             live = self._projection.state()
@@ -284,7 +284,7 @@ class Collector:
             return [PackCondemned(name) for name in still]
 
         self._history.append(build)
-        self._history.finish_pack()
+        self._history.finish_packs()
         return copied
 
     # -- removing
@@ -301,6 +301,10 @@ class Collector:
             self._progress(number, len(free), "removing")
             self._store.remove(name)
         orphans = self._orphans()
+        if self._store.tiered:
+            # What the cold tier keeps longer the next collection takes.
+            with suppress(UnavailableError, ConflictError):
+                self._clear_cold()
         return msgspec.structs.replace(
             found, removed_packs=len(free), freed_bytes=sum(sizes.values()), waiting_packs=len(condemned) - len(free),
             orphan_packs=orphans,
@@ -319,14 +323,28 @@ class Collector:
             self._store.copy(self._store.only_in(found, frozenset()))
         return [PackRemoved(name) for name in rows]
 
+    def _clear_cold(self) -> None:
+        """Remove copies of packs that are gone.
+
+        From the cold tier alone a repository is restored up to the first record that names a pack it lacks. So a copy
+        stays until all that was named before its pack was removed, and the record of that, are there.
+        """
+        self._store.copy_out()
+        packs, copied = self._projection.state().packs, self._store.copies()
+        here = (pack for pack in packs if not pack.removed and pack.name not in copied)
+        reach = min((pack.ranges[0][0] if pack.ranges else 0 for pack in here), default=None)
+        for pack in packs:
+            if pack.removed and pack.name in copied and (reach is None or reach > pack.removed):
+                self._store.remove_copy(pack.name)
+
     def _orphans(self) -> int:
         """Remove files no record names or that one says are gone; how many of the former there were."""
         self._history.refresh()
         state = {pack.name: pack for pack in self._projection.state().packs}
-        for pack in state.values():
-            if pack.removed and self._store.lingers(pack.name):
-                self._store.remove(pack.name)
         names = [f"{PACK_FOLDER}/{name}" for name in self._store.disk.list(PACK_FOLDER)]
+        for name in names:
+            if name in state and state[name].removed:
+                self._store.remove(name)
         return sum(self._orphaned(name) for name in names if name not in state)
 
     def _orphaned(self, name: str) -> bool:

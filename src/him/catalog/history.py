@@ -277,6 +277,22 @@ class History:
             found = self.snapshot(found.snapshot_id)
         return found
 
+    def finish_packs(self) -> list[str]:
+        """End every pack that grows, however small, so that all of it can be copied; those that others write to.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with self._turn:
+            while True:
+                if not self._store.writing:
+                    self.log.commit(self._take_up)
+                if not self._store.writing:
+                    break
+                self._finish_pack(always=True)
+            self.refresh()
+        return sorted({named.pack for _, named in self._projection.pack_changes(0) if isinstance(named, PackRange)})
+
     def set_ref(self, name: str, kind: str, target: str) -> None:
         """Point a tag or branch at a snapshot. Raises ConflictError when the name is of the other kind."""
         _check_ref_name(name)
@@ -450,16 +466,6 @@ class History:
             self._catch_up()
         self._checkpoint()
 
-    def finish_pack(self) -> None:
-        """Finish the pack that this process writes to, however small, so that it can be copied or compacted."""
-        with self._turn:
-            self._finish_pack(now=True)
-
-    def adopt_pack(self) -> bool:
-        """Take up an unfinished pack that no process writes to; whether there was one."""
-        self.prepare()
-        return self._store.writing
-
     def _lead(self) -> None:
         """Commit every batch that waits, in one record; each gets its result or its error."""
         group: list[Request] = []
@@ -551,10 +557,11 @@ class History:
             self._store.committed()
             self._finish_pack()
 
-    def _finish_pack(self, *, now: bool = False) -> None:
-        finished = self._store.finish_if_large(now=now)
+    def _finish_pack(self, *, always: bool = False) -> bool:
+        """Commit the end of the pack that is written to, if it is due; whether it was."""
+        finished = self._store.finish_if_large(always=always)
         if not finished:
-            return
+            return False
         try:
             self.log.commit(lambda: self._encoded(finished))
         except BaseException:
@@ -564,18 +571,20 @@ class History:
         self.refresh()
         self._store.committed()
         self._store.finished()
+        return True
 
     def prepare(self) -> None:
         """Before the first blob of a batch: take up a pack under the log's lock, where nobody can commit to it."""
         if self._store.writing:
             return
 
-        def build() -> None:
-            self.refresh()
-            self._store.continue_pack()
-
         with self._turn:
-            self.log.commit(build)
+            self.log.commit(self._take_up)
+
+    def _take_up(self) -> None:
+        """Under the log's lock: an unfinished pack that nobody holds becomes this process's, if there is one."""
+        self.refresh()
+        self._store.continue_pack()
 
     def _follows(self, position: tuple[int, bytes], head: tuple[int, bytes]) -> bool:
         """Whether the projection is of this log, and reading on is less than restoring it from a checkpoint."""

@@ -351,3 +351,21 @@ def _has_whole_record(file: File, offset: int, end: int, above: int) -> bool:
                 return True
         at = data.find(_MAGIC, at + 1)
     return False
+
+
+def records_in(file: File) -> Iterator[tuple[int, bytes, bytes, int]]:
+    """(seq, hash, body, where it ends) of the whole records a log's file begins with, whatever its published end."""
+    seq, before, offset = _START.seq, _START.hash, _START.end
+    while (record := _parse(file, offset, seq + 1, before)) is not None:
+        body, before, offset = record
+        seq += 1
+        yield seq, before, body, offset
+
+
+def cut_short(file: File, offset: int) -> bool:
+    """Whether what stands at an offset begins as a record does and is longer than the file."""
+    head = file.read_at(offset, _HEAD.size)
+    if len(head) < _HEAD.size:
+        return head.startswith(_MAGIC[: len(head)])
+    magic, size, _, _ = _HEAD.unpack(head)
+    return magic == _MAGIC and size <= LOG_RECORD_BYTES_MAX and offset + _LEAST + size > file.size()

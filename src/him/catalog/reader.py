@@ -19,16 +19,23 @@ from him.pyramid.page import Page
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import tile_id
-from him.types import Box, Entry, Frame, TileId, TileKey, TileMeta, snapshot_id, tile_id_text
+from him.types import BlobId, Box, Entry, Frame, TileId, TileKey, TileMeta, snapshot_id, tile_id_text
 
 Array = NDArray[np.generic]
+CRITICAL: Final = "critical"
+"""The attribute, of whatever value, of a snapshot whose tiles stay on this disk for a while once they were read."""
 
 
 class SnapshotReader:
-    """A snapshot's content as it stood at `directory_hash`; later commits do not change what it shows."""
+    """A snapshot's content as it stood at `directory_hash`; later commits do not change what it shows.
 
-    def __init__(self, store: WarmStore, memo: Memo, directory_hash: bytes) -> None:
+    Args:
+        critical: what is read is pinned (spec §7).
+    """
+
+    def __init__(self, store: WarmStore, memo: Memo, directory_hash: bytes, *, critical: bool = False) -> None:
         self._store = store
+        self._critical = critical
         self._memo = memo
         self.directory = directory_hash
         self._frames: dict[tuple[str, str], Frame] = {}
@@ -105,7 +112,9 @@ class SnapshotReader:
         with self._expiring([key]):
             entry = self.present(key)
             if key.level == 0 or self._store.has(entry.blob_id):
-                return self._store.read_tile(entry.blob_id)
+                values = self._store.read_tile(entry.blob_id)
+                self.was_read([entry.blob_id])
+                return values
             scratch = Scratch(self._store)
             levels.tile(scratch, _Forgetful(), self.frame(key.stream, key.frame), key.level, key.y, key.x)
             return scratch.read_tile(entry.blob_id)
@@ -138,7 +147,9 @@ class SnapshotReader:
             self._bring_pages(keys)
             entries = [self.present(key) for key in keys]
             stored = [at for at, key in enumerate(keys) if key.level == 0 or self._store.has(entries[at].blob_id)]
-            found = dict(zip(stored, self._store.read_tiles([entries[at].blob_id for at in stored]), strict=True))
+            blobs = [entries[at].blob_id for at in stored]
+            found = dict(zip(stored, self._store.read_tiles(blobs), strict=True))
+            self.was_read(blobs)
             return [found[at] if at in found else self.tile(key) for at, key in enumerate(keys)]
 
     @contextmanager
@@ -149,7 +160,13 @@ class SnapshotReader:
             yield self.tile(key)
             return
         with self._expiring([key]), self._store.view(entry.blob_id) as values:
+            self.was_read([entry.blob_id])
             yield values
+
+    def was_read(self, blobs: Sequence[BlobId]) -> None:
+        """Keep tiles of a critical snapshot on this disk: whoever reads them by their blobs tells so."""
+        if self._critical:
+            self._store.keep(blobs)
 
     def meta(self, key: TileKey) -> TileMeta:
         """What is known of a tile without its values; one that retention has let go takes 0 bytes.

@@ -6,7 +6,9 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+import him
 from him.cli.commands import FrameOption, JsonOption, RepoOption, SnapshotOption, command, group
+from him.cli.history import time_text
 from him.cli.session import session_of
 from him.config import PIN_MINUTES
 from him.errors import UsageError
@@ -33,15 +35,18 @@ def register(program: typer.Typer) -> None:
     set_to = [
         "him tier set --cold s3://memory/agents --budget 200GB",
         "him tier set --cold /mnt/archive --budget 20GiB",
+        "him tier set --cold s3://memory/agents --budget 50GB --take-over",
     ]
     command(tier, "set", set_to, within="tier")(set_)
     command(tier, "status", ["him tier status", "him tier status --json"], within="tier")(status)
-    command(tier, "push", ["him tier push"], within="tier")(push)
+    command(tier, "push", ["him tier push", "him tier push --all"], within="tier")(push)
     command(tier, "demote", ["him tier demote", "him tier demote --keep 5GB"], within="tier")(demote)
     named = "--snapshot main --stream kv_cache --frame chat-7"
     command(tier, "admit", [f"him tier admit {named}"], within="tier")(admit)
     command(tier, "pin", [f"him tier pin {named} --minutes 60"], within="tier")(pin)
     command(tier, "unpin", [f"him tier unpin {named}"], within="tier")(unpin)
+    again = ["him restore s3://memory/agents memory", "him restore /mnt/archive memory --budget 50GB --all"]
+    command(program, "restore", again)(restore)
 
 
 def bytes_of(text: str) -> int:
@@ -64,6 +69,12 @@ def set_(
     context: typer.Context,
     cold: Annotated[str, typer.Option("--cold", metavar="PLACE", help="A folder, or s3://bucket/prefix.")],
     budget: Annotated[str, typer.Option("--budget", metavar="SIZE", help="What the packs may take here: 200GB.")],
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Write there in place of the repository that does: it then only reads.")
+    ] = False,
+    storage_class: Annotated[
+        str, typer.Option("--storage-class", metavar="CLASS", help="Of packs copied to S3: STANDARD_IA, GLACIER_IR, …")
+    ] = "",
     repo: RepoOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -71,7 +82,7 @@ def set_(
     session, size = session_of(context), bytes_of(budget)
     place = cold if "://" in cold else str(session.path(cold))
     with session.repository(repo) as repository:
-        repository.set_tier(place, size)
+        repository.set_tier(place, size, take_over=take_over, storage_class=storage_class)
     if json:
         session.json({"cold": place, "budget_bytes": size})
     else:
@@ -97,11 +108,18 @@ def status(context: typer.Context, repo: RepoOption = None, json: JsonOption = F
     session.say(f"the cold tier does not answer: {found.fault}" if found.fault else "the cold tier answered last time")
 
 
-def push(context: typer.Context, repo: RepoOption = None, json: JsonOption = False) -> None:
+def push(
+    context: typer.Context,
+    everything: Annotated[
+        bool, typer.Option("--all", help="End the packs that are being written first: a restore then has everything.")
+    ] = False,
+    repo: RepoOption = None,
+    json: JsonOption = False,
+) -> None:
     """Copy finished packs to the cold tier and read them back; may be interrupted and run again."""
     session = session_of(context)
     with session.repository(repo) as repository, session.progress("copying") as show:
-        count = repository.tier.push(show)
+        count = repository.tier.push(show, all=everything)
     if json:
         session.json({"packs": count})
     else:
@@ -179,3 +197,35 @@ def unpin(
         session.json({"unpinned": True})
     else:
         session.say("it may be freed")
+
+
+def restore(
+    context: typer.Context,
+    cold: Annotated[str, typer.Argument(metavar="COLD", help="The cold tier: a folder, or s3://bucket/prefix.")],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="The new repository: a new or empty folder.")],
+    budget: Annotated[str, typer.Option("--budget", metavar="SIZE", help="What the packs may take here.")] = "20GiB",
+    everything: Annotated[bool, typer.Option("--all", help="Fetch all packs now, not as they are read.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Make a repository from its cold tier alone; may be interrupted and run again.
+
+    It only reads the cold tier, so the first repository may live on. To go on in its place:
+    `him tier set --cold COLD --budget SIZE --take-over`.
+    """
+    session = session_of(context)
+    place = cold if "://" in cold else str(session.path(cold))
+    with session.progress("restoring") as show:
+        found = him.restore(
+            place, session.path(dest), budget_bytes=bytes_of(budget), everything=everything, progress=show
+        )
+    if json:
+        until = time_text(found.until_ns) if found.commits else ""
+        session.json({
+            "commits": found.commits, "until": until, "left_out": found.left_out, "lacking": found.lacking,
+            "packs": found.packs, "cold_bytes": found.cold_bytes,
+        })  # fmt: skip
+        return
+    when = f", the last of {time_text(found.until_ns)}" if found.commits else ""
+    session.say(f"restored {found.commits} commits{when}; {size_text(found.cold_bytes)} in {found.packs} packs")
+    if found.left_out:
+        session.say(f"left out: {found.left_out} later commits, since the cold tier does not hold {found.lacking}")

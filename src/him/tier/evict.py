@@ -15,7 +15,7 @@ which there are at most as many; so a tier of 64 GiB takes at most 0.1 GB.
 
 import heapq
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final
 
@@ -29,6 +29,7 @@ from him.config import (
     HOTNESS_BYTES_MAX,
     HOTNESS_KEYS_MAX,
     PIN_FOR_NS,
+    PIN_STRETCH,
     PIN_TOUCHES,
     PIN_WINDOW_MINUTES,
     TOUCH_GRAIN_NS,
@@ -103,8 +104,12 @@ class EvictionPolicy:
 
     # -- what happened
 
-    def touch(self, keys: Iterable[Extent], now_ns: int) -> None:
-        """Extents were read; those that were not here are here from now on."""
+    def touch(self, keys: Iterable[Extent], now_ns: int, pin_for_ns: int = PIN_FOR_NS) -> None:
+        """Extents were read; those that were not here are here from now on.
+
+        Args:
+            pin_for_ns: how long those that were touched often enough are pinned, at most PIN_STRETCH × PIN_FOR_NS.
+        """
         find, tick = self._entries.get, now_ns // TOUCH_GRAIN_NS
         minute = now_ns // _MINUTE_NS
         for key in keys:
@@ -122,7 +127,7 @@ class EvictionPolicy:
                     entry.recent = entry.recent << _DIGIT * passed & _WINDOW if kept else 0
                 entry.recent += 1
                 if entry.recent % _DIGIT_SUM > PIN_TOUCHES:
-                    entry.pinned_until = now_ns + PIN_FOR_NS
+                    entry.pinned_until = now_ns + pin_for_ns
 
     def adopt(self, keys: Sequence[Extent]) -> None:
         """Extents are here of which nothing is known: they go before all others, the first of them first."""
@@ -166,6 +171,12 @@ class EvictionPolicy:
             entry = self._entries.get(key)
             if self._pins.pop(key, None) is not None and entry is not None and entry.queue == _PINNED:
                 heapq.heappush(self._ends, (entry.pinned_until, key))
+
+    def replace_pins(self, pins: Mapping[Extent, int]) -> None:
+        """These are the pins by name, and no others."""
+        self.unpin([key for key, until in self._pins.items() if pins.get(key) != until])
+        for key, until in pins.items():
+            self.pin([key], until)
 
     def pinned(self, key: Extent, now_ns: int) -> bool:
         """Whether an extent is left alone at a time."""
@@ -266,7 +277,7 @@ class EvictionPolicy:
     def _pinned_until(self, key: Extent, now_ns: int) -> int:
         entry, until = self._entries.get(key), self._pins.get(key, 0)
         # Touches pin no longer than this: more is a clock that was put back, or a dump that lies.
-        if entry is not None and until < entry.pinned_until <= now_ns + PIN_FOR_NS:
+        if entry is not None and until < entry.pinned_until <= now_ns + PIN_STRETCH * PIN_FOR_NS:
             return entry.pinned_until
         return until
 

@@ -19,42 +19,40 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from him.config import (
+    COLD_FAULT_NS,
     COLD_FLIGHT_MAX,
     COLD_GAP_BYTES,
     COLD_PART_BYTES,
     EXTENT_BYTES,
     HOTNESS_BYTES_MAX,
+    KEPT_BLOBS_MAX,
     OPEN_PACKS_MAX,
+    PIN_AGAIN_NS,
+    PIN_FOR_NS,
+    PIN_STRETCH,
+    TOUCH_GRAIN_NS,
     WARM_FREE_RATIO,
     WARM_PACK_RATIO,
 )
-from him.errors import HimError, IntegrityError, NotFoundError, StorageError
+from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, StorageError, UnavailableError
 from him.ports import Clock, Disk, File, ObjectStore
+from him.tier import cold as copies
+from him.tier.account import Account
+from him.tier.cold import Claim, LogCopy, Receipt
 from him.tier.evict import EvictionPolicy, Extent
+from him.tier.pins import Pins, PinsByPack
 from him.types import PackFinished
 
 FOLDER: Final = "cold"
 PACKS: Final = "packs/"
-_ACCOUNT: Final = f"{FOLDER}/account"
 _RECEIPTS: Final = f"{FOLDER}/receipts"
-_LOG_KNOWN: Final = f"{FOLDER}/log"
 _HOTNESS: Final = f"{FOLDER}/hotness"
-_SUM_BYTES: Final = 16
 
 _Names = list[str]
 Ranges = list[tuple[int, int]]
 """(offset, bytes) each."""
 _Run = list[Extent]
 """Missing extents of one pack, in order, that one request brings."""
-
-
-class Receipt(msgspec.Struct, frozen=True):
-    """That the cold tier gave back a pack byte for byte after it was copied there."""
-
-    pack: str
-    size: int
-    digest: str
-    """BLAKE3 of the object, in hex; empty where the pack is gone from both tiers."""
 
 
 class TierStatus(msgspec.Struct, frozen=True):
@@ -106,6 +104,7 @@ class Mirror:
     Args:
         background: copy finished packs from a thread of its own as they come; else only when asked, or short of room.
         read_only: the disk cannot be written to: what is not here is passed through, and nothing is copied or freed.
+        claim: as which generation of its owners this repository writes to the cold tier, if at all.
     """
 
     def __init__(
@@ -117,9 +116,12 @@ class Mirror:
         *,
         background: bool = False,
         read_only: bool = False,
+        claim: Claim = Claim(0, 0),
     ) -> None:
         self._disk = disk
         self._cold = cold
+        self._generation = claim.generation
+        self._log_copy = LogCopy(disk, cold, claim)
         self._clock = clock
         self.budget_bytes = budget_bytes
         self._packs: dict[str, _Pack] = {}
@@ -133,22 +135,24 @@ class Mirror:
         self._policy = EvictionPolicy()
         self._finished: Callable[[], Iterable[PackFinished]] = tuple
         self._log: Callable[[int, int], bytes] = lambda _start, _limit: b""
-        self._log_copied = 0
         self._receipts_read = 0
         self._fetched_bytes = self._fetches = self._freed_bytes = self._passed_through = 0
-        self._fault = ""
+        self._fault, self._fault_ns = "", 0
+        self._taken = ""
+        self._kept: dict[bytes, int] = {}
         self._pushing = threading.Lock()
         self._mover = _Mover(self.push_all) if background and not read_only else None
         self._read_only = read_only
-        self._sum = disk.open(_ACCOUNT, create=not read_only)
-        self._account = _Account(self._sum)
+        self._account = Account(disk, self._recounted, read_only=read_only)
         self._receipts = disk.open(_RECEIPTS, create=not read_only)
+        self._pins = Pins(disk, read_only=read_only)
         self._learn_receipts()
         if not read_only:
             disk.sync_folder(FOLDER)
             self._recall()
             with self._account:
-                self._write_account(self._recounted())
+                self._learn_pins()
+                self._account.used = self._recounted()
 
     @property
     def _limit(self) -> int:
@@ -214,8 +218,9 @@ class Mirror:
             if not self._read_only:
                 with contextlib.suppress(StorageError):  # Only a hint.
                     self._disk.write_whole(_HOTNESS, self._policy.dump())
-            for file in (*self._files.values(), self._sum, self._receipts):
+            for file in (*self._files.values(), self._account, self._receipts):
                 file.close()
+            self._pins.close()
             self._files = {}
 
     # -- fetching
@@ -237,7 +242,8 @@ class Mirror:
             here = self._brought(touched)
             if here:
                 with self._lock:
-                    self._policy.touch(touched, self._clock.now_ns())
+                    now = self._clock.now_ns()
+                    self._policy.touch(touched, now, self._stretched(now, now + PIN_FOR_NS) - now)
             yield here
         finally:
             with self._lock:
@@ -263,6 +269,25 @@ class Mirror:
         wanted = [(pack, offset, size) for path, offset, size in places if (pack := self.pack(path)) is not None]
         with self.using(wanted) as here:
             return here
+
+    def prefetch(self, places: Iterable[tuple[str, int, int]]) -> bool:
+        """`ahead`, of what nobody waits for: a cold tier that has trouble answering is left to those who do.
+
+        Raises:
+            UnavailableError: it gave no answer lately, or gives none.
+        """
+        if self._ailing(self._clock.now_ns()):
+            raise UnavailableError(f"nothing is fetched ahead while the cold tier has trouble ({self._fault})")
+        return self.ahead(places)
+
+    def prefetch_all(self, progress: Callable[[int, int, str], None]) -> bool:
+        """`prefetch` of every pack, a part at a time."""
+        for number, pack in enumerate(tuple(self._by_number)):
+            progress(number, len(self._by_number), pack.name)
+            for start in range(0, pack.size, COLD_PART_BYTES):
+                if not self.prefetch([(pack.name, start, min(COLD_PART_BYTES, pack.size - start))]):
+                    return False
+        return True
 
     def pack(self, path: str) -> _Pack | None:
         """A pack that the cold tier holds; None for another."""
@@ -327,31 +352,33 @@ class Mirror:
                 # Its extents' names stay taken, and are never here.
                 pack.size, pack.here = 0, np.zeros(0, dtype=np.bool_)
 
-    def drop(self, path: str) -> None:
-        """Remove a pack from both tiers. Doing it again is no error.
-
-        Raises:
-            UnavailableError, StorageError: it is not gone from the cold tier yet; ask again.
-        """
-        known = self.holds(path)
+    def drop_here(self, path: str) -> None:
+        """Remove what is here of a pack that is gone."""
         with self._account:
             self.forget(path)
             self._disk.remove(path)
-            self._write_account(self._recounted())
-        if known:
-            self._cold.delete([path])
-            self._keep_receipt(Receipt(path, 0, ""))
+            self._account.used = self._recounted()
+
+    def drop(self, path: str) -> None:
+        """Remove a pack that is gone from the cold tier too. Doing it again is no error.
+
+        Raises:
+            ConflictError: the cold tier is another repository's.
+            UnavailableError, StorageError: it is not gone there yet; ask again.
+        """
+        with self._asking(UnavailableError):
+            self.check_owner()
+            self._cold.delete([path, copies.receipt_name(path)])
+        self._keep_receipt(Receipt(path, 0, ""))
+
+    def copies(self) -> set[str]:
+        """The packs that the cold tier holds, those among them that are gone here."""
+        return {receipt.pack for receipt in receipts(self._disk)}
 
     def resident(self, path: str) -> NDArray[np.bool_] | None:
         """Which extents of a pack are here, as far as is known; None for one that the cold tier does not hold."""
         pack = self.pack(path) if self.holds(path) else None
         return None if pack is None else pack.here.copy()
-
-    @property
-    def held(self) -> _Names:
-        """The packs that the cold tier holds."""
-        self._learn_receipts()
-        return sorted(self._packs)
 
     # -- making room
 
@@ -378,47 +405,101 @@ class Mirror:
             self._look_at_all()
             used = self._recounted()
             freed = self._evicted(used - keep_bytes)
-            self._write_account(used - freed)
+            self._account.used = used - freed
         return freed
 
     def pin(self, places: Iterable[tuple[str, int, int]], until_ns: int) -> int:
-        """Keep ranges (path, offset, size) from being freed until a time (ns since 1970); extents pinned."""
-        with self._lock:
-            keys = [
-                (pack.number, at)
-                for path, offset, size in places
-                if (pack := self.pack(path)) is not None
-                for at in pack.extents(offset, size)
-            ]
-            self._policy.pin(keys, until_ns)
-            return len(keys)
+        """Keep ranges (path, offset, size) from being freed, by any process, until a time (ns since 1970); extents.
+
+        Raises:
+            LimitError: more pins than are kept.
+        """
+        now = self._clock.now_ns()
+        return self._change_pins(places, self._stretched(now, until_ns))
 
     def unpin(self, places: Iterable[tuple[str, int, int]]) -> None:
         """Take pins back."""
+        self._change_pins(places, 0)
+
+    def kept_lately(self, blob: bytes) -> bool:
+        """Whether `keep` pinned a blob so lately that it need not again."""
+        return self._kept.get(blob, 0) > self._clock.now_ns() - PIN_AGAIN_NS
+
+    def keep(self, blobs: Iterable[bytes], places: Iterable[tuple[str, int, int]]) -> None:
+        """Pin what was read from a critical snapshot; `blobs` are remembered for `kept_lately`."""
+        now = self._clock.now_ns()
+        # Alike for neighbours, which are kept in one row then.
+        self.pin(places, (now + PIN_FOR_NS) // TOUCH_GRAIN_NS * TOUCH_GRAIN_NS)
         with self._lock:
-            for path, offset, size in places:
-                if (pack := self.pack(path)) is not None:
-                    self._policy.unpin([(pack.number, at) for at in pack.extents(offset, size)])
+            if len(self._kept) > KEPT_BLOBS_MAX:
+                self._kept.clear()
+            self._kept.update(dict.fromkeys(blobs, now))
+
+    def _change_pins(self, places: Iterable[tuple[str, int, int]], until_ns: int) -> int:
+        changes: PinsByPack = {}
+        for path, offset, size in places:
+            if (pack := self.pack(path)) is not None:
+                changes.setdefault(path, {}).update(dict.fromkeys(pack.extents(offset, size), until_ns))
+        with self._account:
+            self._pins.change(changes, self._clock.now_ns())
+            self._learn_pins()
+        return sum(len(extents) for extents in changes.values())
+
+    def _learn_pins(self) -> None:
+        """What other processes pinned, or took back. Only with the account's lock held."""
+        news = self._pins.news()
+        if news is None:
+            return
+        with self._lock:
+            self._policy.replace_pins({
+                (self._packs[name].number, extent): until
+                for name, extents in news.items() if self.holds(name) for extent, until in extents.items()
+            })  # fmt: skip
+
+    def _stretched(self, now_ns: int, until_ns: int) -> int:
+        """Until when a pin lasts that would end then: twice as long while the cold tier does not answer."""
+        return now_ns + PIN_STRETCH * (until_ns - now_ns) if self._ailing(now_ns) else until_ns
 
     # -- copying to the cold tier
 
     def push_all(self, progress: Callable[[int, int, str], None] | None = None) -> int:
-        """Copy every finished pack that the cold tier does not hold; how many were copied."""
+        """Copy every finished pack that the cold tier does not hold, and the log; how many packs were copied.
+
+        Raises:
+            ConflictError: the cold tier is another repository's by now.
+            UnavailableError, StorageError, IntegrityError: what was copied until then stays copied.
+        """
         with self._pushing:
             waiting = [finished for finished in self._finished() if not self.holds(finished.pack)]
+            if waiting or self._generation is not None:
+                with self._asking(UnavailableError):
+                    self.check_owner()
             for number, finished in enumerate(waiting):
                 if progress is not None:
                     progress(number, len(waiting), finished.pack)
                 if self._mover is not None and self._mover.stopped:
                     return number
-                self.push(finished)
-            self._copy_log()
+                with self._asking(UnavailableError):
+                    self.push(finished)
+                    self._log_copy.extend(self._log)
+            with self._asking(UnavailableError):
+                self._log_copy.extend(self._log)
             return len(waiting)
+
+    def check_owner(self) -> None:
+        """Before anything is written to the cold tier or deleted there. Raises ConflictError when it is another's."""
+        try:
+            copies.check_owner(self._cold, self._generation)
+        except ConflictError as error:
+            self._taken = error.message
+            raise
+        self._taken = ""
 
     def push(self, finished: PackFinished) -> None:
         """Copy a finished pack and read it back; only then may anything of it be freed. Resumes what was begun.
 
         Raises:
+            ConflictError: the cold tier holds another pack of that name.
             IntegrityError: the cold tier gives back other bytes than it was given, twice.
             UnavailableError, StorageError: it does not answer, or refuses.
         """
@@ -427,63 +508,36 @@ class Mirror:
             size, digest = finished.size, blake3()
             for part in _parts(file, finished.size):
                 digest.update(part)
+            receipt = Receipt(finished.pack, size, digest.hexdigest())
+            if copies.receipt_of(self._cold, finished.pack) not in (None, receipt):
+                # The repository was copied and both went on with one pack.
+                raise ConflictError("the cold tier holds another pack of that name", place=finished.pack)
             for _ in range(2):
                 if self._cold.size(finished.pack) != size:
                     self._cold.upload(finished.pack, _parts(file, size))
-                back = self._cold_digest(finished.pack, size)
-                if back == digest.hexdigest():
-                    self._keep_receipt(Receipt(finished.pack, size, back))
+                if copies.digest_of(self._cold, finished.pack, size) == receipt.digest:
+                    self._cold.put(copies.receipt_name(finished.pack), receipt.line())
+                    self._keep_receipt(receipt)
                     return
                 self._cold.delete([finished.pack])
         finally:
             file.close()
         raise IntegrityError("the cold tier gives back other bytes than it was given", place=finished.pack)
 
-    def _copy_log(self) -> None:
-        """Copy what the log has grown by, as objects named by where they begin; each follows from those before.
-
-        Of two processes that copy at once one writes a piece, and both go on behind it.
-        """
-        if not self._log_copied:
-            self._log_copied = self._log_known()
-        before = self._log_copied
-        while True:
-            name = _log_piece(self._log_copied)
-            size = self._cold.size(name)
-            if size is None:
-                piece = self._log(self._log_copied, COLD_PART_BYTES)
-                if not piece:
-                    break
-                self._cold.put(name, piece, if_absent=True)
-            else:
-                before, self._log_copied = self._log_copied, self._log_copied + size
-        if before != self._log_copied:
-            self._disk.write_whole(_LOG_KNOWN, msgspec.json.encode((before, self._log_copied)))
-
-    def _log_known(self) -> int:
-        """Where the copy of the log ended when it was last looked at, if that piece is there still; else 0."""
-        with contextlib.suppress(NotFoundError, msgspec.MsgspecError):
-            file = self._disk.open(_LOG_KNOWN)
-            data = file.read_at(0, file.size())
-            file.close()
-            last, end = msgspec.json.decode(data, type=tuple[int, int])
-            if self._cold.size(_log_piece(last)) == end - last:
-                return end
-        return 0
-
     def status(self) -> TierStatus:
         """Figures of this moment."""
         with self._account:
             used = self._recounted()
-            self._write_account(used)
+            self._account.used = used
             self._look_at_all()
+            self._learn_pins()
         with self._lock:
             warm = sum(pack.span(int(at))[1] for pack in self._by_number for at in np.flatnonzero(pack.here))
             return TierStatus(
                 self.budget_bytes, used, self._pinned_bytes(),
                 sum(pack.size for pack in self._by_number), len(self._by_number), warm,
                 sum(1 for finished in self._finished() if finished.pack not in self._packs),
-                self._fetched_bytes, self._fetches, self._freed_bytes, self._passed_through, self._fault,
+                self._fetched_bytes, self._fetches, self._freed_bytes, self._passed_through, self._taken or self._fault,
             )  # fmt: skip
 
     # -- inner: what is here
@@ -506,12 +560,11 @@ class Mirror:
                 self._packs[receipt.pack] = pack
 
     def _keep_receipt(self, receipt: Receipt) -> None:
-        body = msgspec.json.encode(receipt)
         with self._account:
             self._learn_receipts()
             # What a crash left half written ends here.
             self._receipts.truncate(self._receipts_read)
-            self._receipts.write_at(self._receipts_read, body + b" " + blake3(body).hexdigest().encode() + b"\n")
+            self._receipts.write_at(self._receipts_read, receipt.line())
             self._receipts.sync()
             self._learn_receipts()
 
@@ -587,7 +640,7 @@ class Mirror:
                 with self._account, self._lock:
                     self._policy.adopt(here)
                     lacking = self._bytes_of(missing) - self._bytes_of(here)
-                    self._write_account(max(0, self._read_account() - lacking))
+                    self._account.used -= lacking
         return True
 
     def _bytes_of(self, extents: Iterable[Extent]) -> int:
@@ -644,23 +697,27 @@ class Mirror:
             with self._lock:
                 pack.here[at] = True
 
-    def _got(self, path: str, ranges: Ranges) -> Sequence[memoryview]:
+    @contextmanager
+    def _asking(self, failure: type[StorageError] = StorageError) -> Generator[None]:
+        """Note whether the cold tier answers; `failure` says that it does not (others may be of this disk)."""
         try:
-            parts = self._cold.get_ranges(path, ranges)
-        except StorageError as error:
-            self._fault = error.message
+            yield
+        except failure as error:
+            self._fault, self._fault_ns = error.message, self._clock.now_ns()
             raise
+        self._fault = ""
+
+    def _ailing(self, now_ns: int) -> bool:
+        """Whether the cold tier gave no answer when it was last asked, which was lately."""
+        return bool(self._fault) and now_ns < self._fault_ns + COLD_FAULT_NS
+
+    def _got(self, path: str, ranges: Ranges) -> Sequence[memoryview]:
+        with self._asking():
+            parts = self._cold.get_ranges(path, ranges)
         with self._lock:
-            self._fault = ""
             self._fetches += len(ranges)
             self._fetched_bytes += sum(size for _, size in ranges)
         return parts
-
-    def _cold_digest(self, path: str, size: int) -> str:
-        digest = blake3()
-        for start in range(0, size, COLD_PART_BYTES):
-            digest.update(self._cold.get_ranges(path, [(start, min(COLD_PART_BYTES, size - start))])[0])
-        return digest.hexdigest()
 
     # -- inner: the account
 
@@ -669,7 +726,7 @@ class Mirror:
         if self._read_only:
             return False
         with self._account:
-            used = self._read_account()
+            used = self._account.used
             if used + size > limit:
                 used -= self._evicted(used + size - limit)
             if used + size > limit:
@@ -678,12 +735,13 @@ class Mirror:
                 used = self._recounted()
                 used -= self._evicted(used + size - limit)
             fits = used + size <= limit
-            self._write_account(used + size if fits else used)
+            self._account.used = used + size if fits else used
             return fits
 
     def _evicted(self, size: int) -> int:
         """Free at least `size` bytes if that is possible; how many were freed."""
         freed = 0
+        self._learn_pins()
         with self._lock:
             lent: list[Extent] = []
             while freed < size:
@@ -725,38 +783,6 @@ class Mirror:
             used += file.allocated()
             file.close()
         return used
-
-    def _read_account(self) -> int:
-        data = self._sum.read_at(0, 8 + _SUM_BYTES)
-        if blake3(data[:8]).digest()[:_SUM_BYTES] != data[8:]:
-            return self._recounted()
-        return int.from_bytes(data[:8], "little")
-
-    def _write_account(self, used: int) -> None:
-        if self._read_only:
-            return
-        data = max(0, used).to_bytes(8, "little")
-        self._sum.write_at(0, data + blake3(data).digest()[:_SUM_BYTES])
-
-
-class _Account:
-    """The lock of the account: between threads, then between processes; may be taken again by who holds it."""
-
-    def __init__(self, file: File) -> None:
-        self._file, self._depth = file, 0
-        self._threads = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._threads.acquire()
-        if not self._depth:
-            self._file.lock(wait=True)
-        self._depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            self._file.unlock()
-        self._threads.release()
 
 
 class _Mover:
@@ -833,15 +859,24 @@ class _PackFile:
 
 
 def receipts(disk: Disk) -> list[Receipt]:
-    """What a cold tier is known to hold, in the order it was copied; a line that is not whole is passed over."""
+    """What a cold tier is known to hold, in the order it was copied; a line that is not whole is passed over.
+
+    What is gone on this disk is still held until a line says that it is gone there too.
+    """
     try:
         file = disk.open(_RECEIPTS)
     except NotFoundError:
         return []
     try:
-        return [receipt for receipt, _ in _read_receipts(file, 0) if receipt is not None]
+        told = {receipt.pack: receipt for receipt, _ in _read_receipts(file, 0) if receipt is not None}
+        return [receipt for receipt in told.values() if receipt.digest]
     finally:
         file.close()
+
+
+def keep_receipts(disk: Disk, known: Iterable[Receipt]) -> None:
+    """Take receipts over that were given to another repository, in place of all that are here."""
+    disk.write_whole(_RECEIPTS, b"".join(receipt.line() for receipt in known))
 
 
 def _read_receipts(file: File, start: int) -> Iterator[tuple[Receipt | None, int]]:
@@ -850,13 +885,7 @@ def _read_receipts(file: File, start: int) -> Iterator[tuple[Receipt | None, int
         if not line.endswith(b"\n"):
             return
         start += len(line)
-        body, _, digest = line[:-1].rpartition(b" ")
-        whole = blake3(body).hexdigest().encode() == digest
-        yield (msgspec.json.decode(body, type=Receipt) if whole else None), start
-
-
-def _log_piece(start: int) -> str:
-    return f"log/{start:016d}"
+        yield Receipt.of(line), start
 
 
 def _parts(file: File, size: int) -> Iterator[bytes]:

@@ -30,7 +30,7 @@ from him.config import (
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
 )
-from him.errors import BusyError, HimError, IntegrityError, NotFoundError, UnavailableError
+from him.errors import BusyError, HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
@@ -200,6 +200,21 @@ class WarmStore:
                 unread = (page for page in pages if self._parsed.get(page) is None and self._pages.get(page) is None)
                 self._mirror.ahead(self.places(map(BlobId, unread)))
 
+    def keep(self, blobs: Sequence[BlobId]) -> None:
+        """Pin tiles that were just read, and what they are made of: they are touched together."""
+        if self._mirror is None:
+            return
+        waiting = [blob for blob in blobs if not self._mirror.kept_lately(blob)]
+        found: dict[BlobId, None] = {}
+        with suppress(HimError):  # It was read; that it is kept is a service.
+            while waiting:
+                blob = waiting.pop()
+                if blob not in found:
+                    found[blob] = None
+                    waiting += self.parts(self.read(blob))
+            if found:
+                self._mirror.keep(found, self.places(found))
+
     @contextmanager
     def view(self, blob: BlobId) -> Generator[Values]:
         """A tile without copying: read-only memory of the pack itself, verified, locked against eviction.
@@ -253,6 +268,22 @@ class WarmStore:
                 raise IntegrityError(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
             self._parsed.put(blob, found, len(payload))
         return found
+
+    def parts(self, found: Blob) -> list[BlobId]:
+        """What a verified record is made of: the base of a delta, the chunks of a document. Raises IntegrityError."""
+        if found.delta_depth:
+            return [found.delta_base]
+        if found.codec != CHUNKS:
+            return []
+        size = math.prod(codec.parse_header(found.meta).shape)
+        return [chunk.blob_id for chunk in chunks.decode_list(found.stored, size)]
+
+    def made_of(self, blob: BlobId) -> list[BlobId]:
+        """`parts` of a stored tile, of which little more than the header is read."""
+        head = self._located(blob, partial(self._header, blob))
+        if head.delta_depth:
+            return [BlobId(head.delta_base)]
+        return self.parts(self.read(blob)) if head.codec == CHUNKS else []
 
     def place(self, blob: BlobId) -> str:
         """`packs/NAME @ offset` for messages; "nowhere" when unknown."""
@@ -308,7 +339,7 @@ class WarmStore:
         if self._missing([blob])[0]:
             return False
         whole = not (self._addresses.removed or self._addresses.condemned)
-        return whole or all(self.keeps(part) for part in self.parts(blob))
+        return whole or all(self.keeps(part) for part in self.made_of(blob))
 
     def put_prepared(self, tiles: Sequence[Prepared]) -> int:
         """Append the tiles that are not there yet, their chunks first; how many were written."""
@@ -380,21 +411,26 @@ class WarmStore:
                 raise
             return read_index(file, named) if isinstance(named, PackRange) else read_footer(file, named)
 
-    def remove(self, name: str) -> bool:
-        """Remove a pack that a record says is gone, from both tiers; False when the cold tier has it still."""
+    def remove(self, name: str) -> None:
+        """Remove what is on this disk of a pack that a record says is gone."""
         if self._mirror is None:
             self.disk.remove(name)
-            return True
-        try:
-            self._mirror.drop(name)
-        except UnavailableError:
-            return False
-        return True
+        else:
+            self._mirror.drop_here(name)
 
-    def lingers(self, name: str) -> bool:
-        """Whether a pack that is gone has left something behind."""
-        here = name.removeprefix(f"{PACK_FOLDER}/") in self.disk.list(PACK_FOLDER)
-        return here or (self._mirror is not None and self._mirror.holds(name))
+    def copies(self) -> set[str]:
+        """The packs that the cold tier holds, those among them that are gone here."""
+        return set() if self._mirror is None else self._mirror.copies()
+
+    def copy_out(self) -> None:
+        """Copy finished packs, and the log up to its present end, to the cold tier. Raises as `Mirror.push_all`."""
+        if self._mirror is not None:
+            self._mirror.push_all()
+
+    def remove_copy(self, name: str) -> None:
+        """Remove a pack that is gone from the cold tier. Raises as `Mirror.drop`."""
+        if self._mirror is not None:
+            self._mirror.drop(name)
 
     def resident(self, name: str) -> NDArray[np.bool_] | None:
         """Which extents of a pack are on this disk; None for a pack that is nowhere else."""
@@ -496,20 +532,20 @@ class WarmStore:
                 blob: (pack, at) for blob, (pack, at) in self._pending.items() if pack == name and at.offset >= start
             }
 
-    def finish_if_large(self, *, now: bool = False) -> tuple[PackRange | PackFinished, ...]:
+    def finish_if_large(self, *, always: bool = False) -> tuple[PackRange | PackFinished, ...]:
         """Give the writer's pack its footer once it is large, or of many ranges; the next write opens another.
 
         What other threads have appended meanwhile becomes a last range, which the same record must name.
 
         Args:
-            now: however large it is.
+            always: however small it is, if it holds anything.
         """
         with self._syncing, self._appending, self._lock:
             writer = self._writer
             target = self.target_bytes or PACK_TARGET_BYTES
             if self._mirror is not None:
                 target = min(target, self._mirror.pack_bytes)
-            if writer is None or (not now and writer.end < target and self._ranges < PACK_RANGES_MAX):
+            if writer is None or (not always and writer.end < target and self._ranges < PACK_RANGES_MAX):
                 return ()
             try:
                 last = self.close_range()
@@ -891,7 +927,7 @@ class WarmStore:
 
     def _relied(self, blob: BlobId) -> int:
         if not self._missing([blob])[0]:
-            return sum(self._relied(part) for part in self.parts(blob))
+            return sum(self._relied(part) for part in self.made_of(blob))
         try:
             found = self.read(blob)
             tile = codec.encode_payload(found.meta, self.payload(blob))
@@ -901,16 +937,6 @@ class WarmStore:
             ) from error
         whole = Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, len(tile.payload), found.origin)
         return self._put([whole], again=True)
-
-    def parts(self, blob: BlobId) -> list[BlobId]:
-        """What a tile's record is made of: the base of a delta, the chunks of a document. Only headers are read."""
-        head = self._located(blob, partial(self._header, blob))
-        if head.delta_depth:
-            return [BlobId(head.delta_base)]
-        if head.codec == CHUNKS:
-            found = self.read(blob)
-            return [BlobId(chunk.blob_id) for chunk in chunks.decode_list(found.stored, found.raw_size)]
-        return []
 
     def _header(self, blob: BlobId, name: str, at: Location) -> layout.RecordHeader:
         """A record's verified header; its payload is not read unless the header is damaged and has to be healed."""

@@ -1,0 +1,88 @@
+"""Pins by name, for all processes of a repository at once: a small file that is read whenever room is made."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+from blake3 import blake3
+
+from him.config import PINS_BYTES_MAX
+from him.errors import LimitError
+from him.ports import Disk
+
+PinsByPack = dict[str, dict[int, int]]
+"""Pack → extent → until when, in ns since 1970."""
+
+_PATH: Final = "cold/pins"
+_DIGEST: Final = 32
+_Rows = dict[str, list[tuple[int, int, int]]]
+"""Pack → (first extent, last, until) of neighbours that are pinned alike."""
+
+
+class Pins:
+    """The file; every call only with the account's lock held. What a crash left half written pins nothing."""
+
+    def __init__(self, disk: Disk, *, read_only: bool) -> None:
+        self._file = None if read_only else disk.open(_PATH, create=True)
+        self._seen = b""
+
+    def close(self) -> None:
+        """Release the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def news(self) -> PinsByPack | None:
+        """All pins, when they are others than at the last look; else None."""
+        data = b"" if self._file is None else self._file.read_at(0, min(self._file.size(), PINS_BYTES_MAX))
+        if data == self._seen:
+            return None
+        self._seen = data
+        return _parsed(data)
+
+    def change(self, changes: Mapping[str, Mapping[int, int]], now_ns: int) -> None:
+        """Pin extents until a time (the later of two counts), or take pins back (0); those that have ended go.
+
+        Raises:
+            LimitError: more pins than are kept.
+        """
+        if self._file is None:
+            return
+        pins = _parsed(self._file.read_at(0, min(self._file.size(), PINS_BYTES_MAX)))
+        for pack, extents in changes.items():
+            known = pins.setdefault(pack, {})
+            for extent, until in extents.items():
+                known[extent] = max(until, known.get(extent, 0)) if until else 0
+        body = msgspec.msgpack.encode(_rows(pins, now_ns))
+        if _DIGEST + len(body) > PINS_BYTES_MAX:
+            raise LimitError("more extents are pinned than can be", fix="unpin something, or pin whole frames")
+        self._file.write_at(0, blake3(body).digest() + body)
+        self._file.truncate(_DIGEST + len(body))
+
+
+def _rows(pins: PinsByPack, now_ns: int) -> _Rows:
+    found: _Rows = {}
+    for pack in sorted(pins):
+        rows: list[tuple[int, int, int]] = []
+        for extent, until in sorted(pins[pack].items()):
+            if until <= now_ns:
+                continue
+            if rows and rows[-1][1:] == (extent - 1, until):
+                rows[-1] = (rows[-1][0], extent, until)
+            else:
+                rows.append((extent, extent, until))
+        if rows:
+            found[pack] = rows
+    return found
+
+
+def _parsed(data: bytes) -> PinsByPack:
+    if blake3(data[_DIGEST:]).digest() != data[:_DIGEST]:
+        return {}
+    try:
+        rows = msgspec.msgpack.decode(data[_DIGEST:], type=_Rows)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return {}
+    return {
+        pack: {extent: until for first, last, until in found for extent in range(first, last + 1)}
+        for pack, found in rows.items()
+    }
