@@ -867,7 +867,7 @@ def test_a_memo_that_breaks_while_in_use_only_forgets(tmp_path: Path) -> None:
 
 def test_a_marker_that_is_no_marker_or_newer(place: Path) -> None:
     marker = (place / "him.json").read_bytes()
-    (place / "him.json").write_bytes(marker.replace(b'"format":1', b'"format":9'))
+    (place / "him.json").write_bytes(marker.replace(b'"format":2', b'"format":9'))
     with pytest.raises(VersionError):
         open_repo(place)
     (place / "him.json").write_bytes(b"{")

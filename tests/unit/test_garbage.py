@@ -596,3 +596,38 @@ TestMachine.settings = settings(
     max_examples=40, stateful_step_count=40, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
+
+
+def test_nobody_writes_on_in_a_pack_that_is_being_ended(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its footer and the record that names it, another process looks for a pack to continue."""
+    put(stack, {0: noise(1)})
+    other, commit = Stack(stack.disk, rng=FakeRng(5)), stack.log.commit
+
+    def late(build: Callable[[], bytes | None]) -> int:
+        monkeypatch.undo()
+        put(other, {1: noise(2)})
+        return commit(build)
+
+    packs = len(stack.disk.list("packs"))
+    monkeypatch.setattr(stack.log, "commit", late)
+    stack.history.finish_packs()
+    assert len(stack.disk.list("packs")) == packs + 1
+    for each in (stack, other):
+        assert np.array_equal(got(each, 0), noise(1))
+        assert np.array_equal(got(each, 1), noise(2))
+        assert each.fsck().errors == ()
+    other.close()
+
+
+def test_a_pack_that_goes_while_a_process_learns_of_it_is_passed_over(stack: Stack) -> None:
+    put(stack, {0: noise(1)})
+    put(stack, {0: noise(2)})
+    other = Stack(stack.disk, rng=FakeRng(5))
+    collect(stack)
+    opened = Stack(stack.disk, rng=FakeRng(6))  # Its projection is made; its addresses are not.
+    put(stack, {0: noise(3)})
+    collect(stack)
+    collect(stack)
+    for each in (other, opened):
+        assert np.array_equal(got(each, 0), noise(3))
+        each.close()

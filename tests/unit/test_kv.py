@@ -59,7 +59,7 @@ def handle(stack: Stack, name: str = "main", *, write: bool = True) -> SnapshotH
         raise AssertionError("no query here")
 
     parts = Parts(stack.store, stack.memo, stack.history, stack.ingest, PillowDecoder(), query)
-    return SnapshotHandle(parts, info)
+    return SnapshotHandle(parts, info, stack.history.lease())
 
 
 @pytest.fixture

@@ -283,7 +283,7 @@ class History:
         Raises:
             StorageError: the disk refused.
         """
-        with self._turn:
+        with self.lease(), self._turn:
             while True:
                 if not self._store.writing:
                     self.log.commit(self._take_up)
@@ -461,7 +461,7 @@ class History:
             blobs: a record that names what was put into packs is wanted even so.
         """
         self._store.sync_ahead()
-        with self._turn:
+        with self.lease(), self._turn:
             self._record(build, blobs=blobs)
             self._catch_up()
         self._checkpoint()
@@ -568,9 +568,9 @@ class History:
             # What was still pending in it has no record to name it.
             self._store.abandon()
             raise
+        self._store.finished()
         self.refresh()
         self._store.committed()
-        self._store.finished()
         return True
 
     def prepare(self) -> None:

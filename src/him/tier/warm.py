@@ -119,6 +119,7 @@ class WarmStore:
         self._salvaged = False
         self._pending: dict[bytes, tuple[str, Location]] = {}
         self._writer: PackWriter | None = None
+        self._ended: File | None = None
         self._ranges = 0
         self._synced: tuple[PackWriter | None, int] = (None, 0)
         self._syncing = threading.RLock()
@@ -565,18 +566,26 @@ class WarmStore:
             except BaseException:
                 self._spoil(writer)
                 raise
-            writer.file.unlock()
-            self._writer, self._ranges = None, 0
+            # Its lock stays until a record has named its end: whoever got it before would write on where it ended.
+            self._ended, self._writer, self._ranges = writer.file, None, 0
             return (finished,) if last is None else (last, finished)
 
     def finished(self) -> None:
-        """A pack's end was committed: it may be copied to the cold tier."""
+        """A pack's end was committed: nobody writes on, and it may be copied to the cold tier."""
+        self._let_go_of_ended()
         if self._mirror is not None:
             self._mirror.nudge()
+
+    def _let_go_of_ended(self) -> None:
+        with self._lock:
+            if self._ended is not None:
+                self._ended.unlock()
+                self._ended = None
 
     def abandon(self) -> None:
         """Forget the writer's pack and what was appended but not committed (after a failed write or sync)."""
         with self._appending, self._lock:
+            self._let_go_of_ended()
             if self._writer is not None:
                 # Another thread may be reading through it: closed with the store.
                 self._retired.append(self._writer.file)
@@ -892,6 +901,8 @@ class WarmStore:
         try:
             file = self.disk.open(named.pack)
         except NotFoundError as error:
+            if named.pack in self._condemned:
+                return layout.rows_of([])  # Another process was just allowed to remove it.
             raise IntegrityError("a pack is missing", place=named.pack) from error
         ranged = isinstance(named, PackRange)
         try:
