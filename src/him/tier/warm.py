@@ -154,10 +154,6 @@ class WarmStore:
         with self._lock:
             return blob in self._pending or self._find(blob) is not None
 
-    def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
-        """`not has` of each: for many at once far cheaper."""
-        return self._missing(blobs)
-
     def depth_of(self, blob: BlobId) -> int:
         """How many deltas lead to the blob as it is stored; 0 in full. Raises IntegrityError when it is missing."""
         return self._place(blob)[1].depth
@@ -325,7 +321,7 @@ class WarmStore:
         Args:
             replaced: the tile whose place it takes; it is stored as a change of that where this is small.
         """
-        if self._missing([tile.blob_id])[0]:
+        if self.missing([tile.blob_id])[0]:
             return Prepared(tile.blob_id, self._drafts(tile, origin, replaced))
         if self.keeps(tile.blob_id):
             return Prepared(tile.blob_id, [])
@@ -337,7 +333,7 @@ class WarmStore:
 
         What nothing refers to may have lost its base, or its chunks, with a pack that was removed.
         """
-        if self._missing([blob])[0]:
+        if self.missing([blob])[0]:
             return False
         whole = not (self._addresses.removed or self._addresses.condemned)
         return whole or all(self.keeps(part) for part in self.made_of(blob))
@@ -404,13 +400,7 @@ class WarmStore:
 
     def rows(self, named: PackRange | PackFinished) -> layout.Rows:
         """What a range or a finished pack holds. Raises IntegrityError, also where only its list is damaged."""
-        file = self._file(named.pack)
-        try:
-            return read_index(file, named) if isinstance(named, PackRange) else read_footer(file, named)
-        except IntegrityError:
-            if not self.mend(named.pack):
-                raise
-            return read_index(file, named) if isinstance(named, PackRange) else read_footer(file, named)
+        return self._rows(named, salvage=False)
 
     def remove(self, name: str) -> None:
         """Remove what is on this disk of a pack that a record says is gone."""
@@ -841,7 +831,7 @@ class WarmStore:
         """Append the records whose blobs are not there yet (or all); how many."""
         with self._appending:
             new = {draft.blob_id: draft for draft in drafts}
-            for blob, absent in zip(list(new), self._missing(list(new)), strict=True):
+            for blob, absent in zip(list(new), self.missing(list(new)), strict=True):
                 if not absent and not again:
                     del new[blob]
             if not new:
@@ -854,7 +844,8 @@ class WarmStore:
                     self.written_bytes += size
             return len(new)
 
-    def _missing(self, blobs: Sequence[BlobId]) -> list[bool]:
+    def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
+        """Whether each blob is in no pack that may be relied on."""
         with self._lock:
             if not self._addresses_loaded or self._addresses.position < self._projection.position()[0]:
                 self.refresh()
@@ -896,7 +887,7 @@ class WarmStore:
         self._spoiled.add(writer.name)
         self.abandon()
 
-    def _rows(self, named: PackRange | PackFinished) -> layout.Rows:
+    def _rows(self, named: PackRange | PackFinished, *, salvage: bool = True) -> layout.Rows:
         """What a range or a finished pack holds; where its list is damaged, what the records say themselves."""
         try:
             file = self.disk.open(named.pack)
@@ -911,6 +902,8 @@ class WarmStore:
                     return read_index(file, named) if ranged else read_footer(file, named)
                 except IntegrityError:
                     if not again or not self.mend(named.pack):
+                        if not salvage:
+                            raise
                         break
             self._salvaged = True
             start, end = (named.start, named.end) if ranged else (layout.FILE_HEADER_BYTES, named.size)
@@ -937,7 +930,7 @@ class WarmStore:
         self._released = head
 
     def _relied(self, blob: BlobId) -> int:
-        if not self._missing([blob])[0]:
+        if not self.missing([blob])[0]:
             return sum(self._relied(part) for part in self.made_of(blob))
         try:
             found = self.read(blob)
