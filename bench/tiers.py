@@ -28,7 +28,7 @@ from him.types import StreamSpec
 SIDE, BUDGET, TIMES = 256, 64 * 1024 * 1024, 4
 WORKERS = 2
 OPERATIONS, TINY = 100_000, 600
-HALF_SECONDS = 60
+HALF_SECONDS = 75
 """So long a half runs at most, unless in full."""
 WRITES = 0.1
 VIEW_FOR = 40
