@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -228,6 +229,56 @@ def test_orphans_go_and_a_living_writers_pack_stays(stack: Stack) -> None:
     )
     assert np.array_equal(got(stack, 0), noise(77))
     other.close()
+
+
+def test_two_collections_at_once_do_not_rely_on_each_others_packs(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tile lies in two packs; each collector gives one of them up, and counts on the other."""
+    # An index in memory knows one place of a tile, segments know all.
+    monkeypatch.setattr("him.tier.address.ADDRESS_TAIL_ROWS", 1)
+    other, tile = Stack(stack.disk, rng=FakeRng(5)), encode_array(noise(1))
+    put(stack, {9: noise(99)})
+    begun = [each.history.begin() for each in (stack, other)]
+    for each in (stack, other):
+        each.store.put_tile(tile, bytes(16))  # Neither knows of the other's.
+    shape = Frame("noise", "", "array", SIDE, SIDE, 0, "uint8", SIDE, SIDE, 0, "none", b"", 0)
+    for each, when in zip((stack, other), begun, strict=True):
+        target = each.history.snapshot("main").snapshot_id
+        each.history.commit(target, [FrameChange(shape, {(0, 0): tile.blob_id})], begun=when)
+        put(each, {1: noise(2), 2: noise(3)})
+        each.history.finish_packs()
+    put(stack, {1: noise(4), 2: noise(5), 9: noise(6)})
+    stack.history.finish_packs()
+    del begun, when
+    packs = [f"packs/{name}" for name in stack.disk.list("packs")]
+    holding = [name for name in packs if tile.blob_id in _blobs(stack, name)]
+    assert len(holding) == 2
+    chosen, append = iter([[holding[0]], [holding[1]]]), stack.history.append
+
+    def late(build: Callable[[], Sequence[object]], **given: bool) -> None:
+        if stack.history.append is late and given == {} and copied:
+            monkeypatch.setattr(stack.history, "append", append)
+            collect(other)
+        append(build, **given)  # pyright: ignore[reportArgumentType]
+
+    copied: list[object] = []
+    copy = stack.store.copy
+    monkeypatch.setattr("him.catalog.garbage.chosen", lambda *_: next(chosen, []))
+    monkeypatch.setattr(stack.store, "copy", lambda blobs: copied.append(blobs) or copy(blobs))
+    monkeypatch.setattr(stack.history, "append", late)
+    collect(stack)
+    collect(stack)
+    assert not {name.removeprefix("packs/") for name in holding} & set(stack.disk.list("packs"))
+    for each in (stack, other):
+        assert np.array_equal(got(each, 0), noise(1))
+        assert each.fsck().errors == ()
+    other.close()
+
+
+def _blobs(stack: Stack, name: str) -> set[bytes]:
+    finished = next(pack.finished for pack in stack.projection.state().packs if pack.name == name)
+    return {blob.tobytes() for blob in stack.store.rows(finished)["blob"]} if finished else set()
 
 
 def test_small_packs_are_joined(stack: Stack) -> None:
@@ -465,8 +516,10 @@ class Machine(RuleBasedStateMachine):
     readers = Bundle("readers")
     batches = Bundle("batches")
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(rows=st.sampled_from([1, 5, 1 << 20]))
+    def begin(self, rows: int) -> None:
+        self.rows = mock.patch("him.tier.address.ADDRESS_TAIL_ROWS", rows)
+        self.rows.start()
         self.disk, self.count = fresh(), 0
         first = Stack(self.disk)
         first.history.declare_stream(NOISE)
@@ -478,6 +531,8 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for stack in getattr(self, "stacks", []):
             stack.close()
+        if hasattr(self, "rows"):
+            self.rows.stop()
 
     def value(self, stream: str, seed: int, before: Tile | bytes | None) -> Tile | bytes:
         if stream == "note":
@@ -564,6 +619,24 @@ class Machine(RuleBasedStateMachine):
     @rule(who=st.integers(0, 1), share=st.sampled_from([0.01, 0.3, 0.9]), small=st.sampled_from([0, 1 << 30]))
     def gc(self, who: int, share: float, small: int) -> None:
         collect(self.stacks[who], share, small)
+
+    @rule(who=st.integers(0, 1), call=st.integers(1, 5), share=st.sampled_from([0.01, 0.3, 0.9]))
+    def two_collect(self, who: int, call: int, share: float) -> None:
+        """The other process collects whole while this one is between two records."""
+        history, other = self.stacks[who].history, self.stacks[1 - who]
+        append, left = history.append, [call]
+
+        def late(build: Callable[[], Sequence[object]], **given: bool) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                collect(other, 0.01)
+            append(build, **given)  # pyright: ignore[reportArgumentType]
+
+        history.append = late  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            collect(self.stacks[who], share)
+        finally:
+            del history.append  # The method again.
 
     @rule(who=st.integers(0, 1))
     def finish(self, who: int) -> None:

@@ -75,10 +75,15 @@ class Choice(NamedTuple):
 
 
 class Marks:
-    """The blobs that directories refer to, and what these are made of. Pages visited once are not read again."""
+    """The blobs that directories refer to, and what these are made of. Pages visited once are not read again.
 
-    def __init__(self, store: WarmStore, expiry: Expiry) -> None:
-        self._store, self._expiry = store, expiry
+    Args:
+        every: look at every tile for what it is made of; else only at documents, and at those that packs' rows call
+            deltas.
+    """
+
+    def __init__(self, store: WarmStore, expiry: Expiry, *, every: bool = False) -> None:
+        self._store, self._expiry, self._every = store, expiry, every
         self._seen: set[tuple[str, bytes]] = set()
         self._nodes: set[bytes] = set()
         self._fresh: list[NDArray[np.uint64]] = []
@@ -146,7 +151,7 @@ class Marks:
         if expiring:
             raw = raw[~self._expiry.covers(expiring, raw[:, 32:])]
         self._fresh.append(_names(raw[:, :32]))
-        if frame.content == "bytes":
+        if self._every or frame.content == "bytes":
             self._documents += [row.tobytes() for row in raw[:, :32]]
 
     def _visit(self, how: str, blob: bytes) -> bool:
@@ -296,7 +301,8 @@ class Collector:
         free = [name for name, seq in condemned.items() if floor is None or floor >= seq]
         sizes = {name: self._size(name) for name in free}
         if free:
-            self._history.append(lambda: self._removing(free))
+            rescued = self._of_traces()
+            self._history.append(lambda: self._removing(free, rescued))
         for number, name in enumerate(free):
             self._progress(number, len(free), "removing")
             self._store.remove(name)
@@ -310,16 +316,26 @@ class Collector:
             orphan_packs=orphans,
         )  # fmt: skip
 
-    def _removing(self, packs: Sequence[str]) -> Sequence[Operation]:
-        """The record that packs go, after what only traces that were just written refer to was copied."""
+    def _of_traces(self) -> Marks:
+        """What traces refer to that may have been saved since the packs were condemned.
+
+        Whoever read before that is through: what is traced from now on is of directories that are referred to.
+        """
+        with self._history.lease():
+            marks = Marks(self._store, Expiry(self._projection.expired()), every=True)
+            live = {found.directory for _, found in self._projection.state().snapshots}
+            for root in self._roots():
+                if root not in live:
+                    marks.directory(root)
+            marks.parts({})
+            return marks
+
+    def _removing(self, packs: Sequence[str], rescued: Marks) -> Sequence[Operation]:
+        """The record that packs go, after what is to be rescued from them was copied."""
         live = self._projection.state()
-        marks = Marks(self._store, Expiry(self._projection.expired()))
-        for root in self._roots():
-            marks.directory(root)
         rows = {name: self._held(_state(live, name)) for name in packs if not _state(live, name).removed}
-        marks.parts(rows)
         for held in rows.values():
-            found = [BlobId(blob.tobytes()) for blob in held["blob"][marks.has(held)]]
+            found = [BlobId(blob.tobytes()) for blob in held["blob"][rescued.has(held)]]
             self._store.copy(self._store.only_in(found, frozenset()))
         return [PackRemoved(name) for name in rows]
 

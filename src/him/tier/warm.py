@@ -395,6 +395,7 @@ class WarmStore:
     def only_in(self, blobs: Sequence[BlobId], packs: Set[str]) -> list[BlobId]:
         """Which blobs lie in no pack but condemned ones and `packs`."""
         with self._lock:
+            self.refresh()
             avoid = frozenset(self._numbers[name] for name in packs)
             return [blob for blob in blobs if blob not in self._pending and not self._addresses.relied(blob, avoid)]
 
