@@ -272,6 +272,23 @@ def test_sealing_twice_is_no_change(stack: Stack) -> None:
     assert stack.log.head() == seq
 
 
+def test_two_writers_may_create_one_branch_at_once(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack.history.prepare()
+    stack.history.refresh()
+    other = Stack(stack.disk, rng=FakeRng(5))
+    monkeypatch.setattr(other.history, "prepare", lambda: None)
+    real = other.history.refresh
+
+    def refreshed() -> None:
+        real()
+        monkeypatch.setattr(other.history, "refresh", real)
+        stack.history.open_snapshot(branch="new")
+
+    monkeypatch.setattr(other.history, "refresh", refreshed)
+    assert other.history.writable("new").snapshot_id == stack.history.snapshot("new").snapshot_id
+    other.close()
+
+
 def test_a_batch_prepared_before_sealing_is_refused(stack: Stack) -> None:
     opened, begun = stack.history.writable("main"), stack.history.begin()
     tile = encode_bytes(b"late")

@@ -234,7 +234,11 @@ class History:
         self.refresh()
         named = self._projection.refs().get(name)
         if named is None and not name.startswith(SNAPSHOT_PREFIX):
-            return self.open_snapshot(branch=name)
+            try:
+                return self.open_snapshot(branch=name)
+            except ConflictError:
+                # Another writer was faster.
+                named = self._projection.refs().get(name)
         found = self.snapshot(name)
         if not found.sealed:
             return found
