@@ -277,8 +277,8 @@ def test_two_collections_at_once_do_not_rely_on_each_others_packs(
 
 
 def _blobs(stack: Stack, name: str) -> set[bytes]:
-    finished = next(pack.finished for pack in stack.projection.state().packs if pack.name == name)
-    return {blob.tobytes() for blob in stack.store.rows(finished)["blob"]} if finished else set()
+    state = next(pack for pack in stack.projection.state().packs if pack.name == name)
+    return {blob.tobytes() for blob in stack.store.rows(state)["blob"]} if state.finished else set()
 
 
 def test_small_packs_are_joined(stack: Stack) -> None:

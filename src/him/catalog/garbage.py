@@ -7,7 +7,7 @@ and writers.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from him.catalog import retention
 from him.catalog.history import History
 from him.catalog.retention import Expiry
-from him.config import COLLECT_COPY_BYTES, STREAMS
+from him.config import COLLECT_COPY_BYTES
 from him.errors import ConflictError, NotFoundError, UnavailableError
 from him.pack import format as layout
 from him.ports import Clock, Projection
 from him.pyramid import directory, levels, page
 from him.tier.warm import PACK_FOLDER, WarmStore
-from him.tile.address import KIND_COMPANION
+from him.tile.address import KIND_COMPANION, prefixes
 from him.types import (
     BlobId,
     Frame,
@@ -38,8 +38,6 @@ from him.types import (
 Progress = Callable[[int, int, str], None]
 Roots = Callable[[], Iterable[bytes]]
 """Directories that are read without any snapshot naming them: those of traces."""
-_NAME: Final = 8
-"""Bytes of a blob_id by which it is known to be in use: one that is mistaken for it is only kept longer."""
 
 
 class Collected(msgspec.Struct, frozen=True):
@@ -76,6 +74,8 @@ class Choice(NamedTuple):
 
 class Marks:
     """The blobs that directories refer to, and what these are made of. Pages visited once are not read again.
+
+    A blob is known by its prefix: one that is mistaken for it is only kept longer.
 
     Args:
         every: look at every tile for what it is made of; else only at documents, and at those that packs' rows call
@@ -135,7 +135,7 @@ class Marks:
             self._fresh = []
         if not len(self._known):
             return np.zeros(len(rows), dtype=np.bool_)
-        names = _names(rows["blob"])
+        names = prefixes(rows["blob"])
         at = np.minimum(self._known.searchsorted(names), len(self._known) - 1)
         return self._known[at] == names
 
@@ -150,7 +150,7 @@ class Marks:
             return
         if expiring:
             raw = raw[~self._expiry.covers(expiring, raw[:, 32:])]
-        self._fresh.append(_names(raw[:, :32]))
+        self._fresh.append(prefixes(raw[:, :32]))
         if self._every or frame.content == "bytes":
             self._documents += [row.tobytes() for row in raw[:, :32]]
 
@@ -165,7 +165,7 @@ class Marks:
 
     def _mark(self, blobs: Sequence[bytes]) -> None:
         if blobs:
-            self._fresh.append(_names(np.frombuffer(b"".join(blobs), dtype=np.uint8).reshape(-1, 32)))
+            self._fresh.append(prefixes(np.frombuffer(b"".join(blobs), dtype=np.uint8).reshape(-1, 32)))
 
 
 class Collector:
@@ -218,8 +218,7 @@ class Collector:
         streams: list[str] = []
 
         def build() -> Sequence[Operation]:
-            declared = [*STREAMS.values(), *self._projection.streams().values()]
-            rules = retention.rules(declared, self._projection.retention())
+            rules = self._history.retention()
             snapshots = list(self._projection.snapshots())
             due = list(retention.due(rules, self._projection.expired(), snapshots, self._clock.now_ns()))
             streams.extend(sorted({one.stream for one in due if isinstance(one, TilesExpired)}))
@@ -236,14 +235,8 @@ class Collector:
         rows: dict[str, layout.Rows] = {}
         for number, pack in enumerate(sorted(packs, key=lambda one: one.name)):
             self._progress(number, len(packs), "reading what packs hold")
-            rows[pack.name] = self._held(pack)
+            rows[pack.name] = self._store.rows(pack)
         return rows
-
-    def _held(self, pack: PackState) -> layout.Rows:
-        if pack.finished is not None:
-            return self._store.rows(pack.finished)
-        parts = [self._store.rows(named) for _, named in pack.ranges]
-        return np.concatenate(parts) if parts else layout.rows_of([])
 
     def _mark(self, marks: Marks, live: LiveState, rows: Mapping[str, layout.Rows], *, companions: bool = True) -> None:
         """Everything that may be read: what snapshots hold and began with, and what traces name."""
@@ -279,7 +272,7 @@ class Collector:
             # What came since the packs were marked is marked now, when nothing more can come.
             nonlocal copied
             live = self._projection.state()
-            new = {pack.name: self._held(pack) for pack in live.packs if pack.seq > since and not pack.removed}
+            new = {pack.name: self._store.rows(pack) for pack in live.packs if pack.seq > since and not pack.removed}
             self._mark(marks, live, {**rows, **new}, companions=False)
             # Another collection may have been faster.
             still = [name for name in victims if not _state(live, name).condemned]
@@ -299,7 +292,8 @@ class Collector:
         condemned = self._store.condemned_packs()
         floor = min(self._history.leases.floors().values(), default=None)
         free = [name for name, seq in condemned.items() if floor is None or floor >= seq]
-        sizes = {name: self._size(name) for name in free}
+        packs = [pack.finished for pack in self._projection.state().packs if pack.name in free]
+        freed = sum(finished.size for finished in packs if finished)
         if free:
             rescued = self._of_traces()
             self._history.append(lambda: self._removing(free, rescued))
@@ -312,7 +306,7 @@ class Collector:
             with suppress(UnavailableError, ConflictError):
                 self._clear_cold()
         return msgspec.structs.replace(
-            found, removed_packs=len(free), freed_bytes=sum(sizes.values()), waiting_packs=len(condemned) - len(free),
+            found, removed_packs=len(free), freed_bytes=freed, waiting_packs=len(condemned) - len(free),
             orphan_packs=orphans,
         )  # fmt: skip
 
@@ -333,7 +327,7 @@ class Collector:
     def _removing(self, packs: Sequence[str], rescued: Marks) -> Sequence[Operation]:
         """The record that packs go, after what is to be rescued from them was copied."""
         live = self._projection.state()
-        rows = {name: self._held(_state(live, name)) for name in packs if not _state(live, name).removed}
+        rows = {name: self._store.rows(_state(live, name)) for name in packs if not _state(live, name).removed}
         for held in rows.values():
             found = [BlobId(blob.tobytes()) for blob in held["blob"][rescued.has(held)]]
             self._store.copy(self._store.only_in(found, frozenset()))
@@ -381,16 +375,6 @@ class Collector:
         finally:
             file.close()
 
-    def _size(self, name: str) -> int:
-        try:
-            file = self._store.disk.open(name)
-        except NotFoundError:
-            return 0
-        try:
-            return file.size()
-        finally:
-            file.close()
-
 
 def chosen(
     packs: Mapping[str, PackFinished], used: Mapping[str, int], total: Mapping[str, int], choice: Choice
@@ -420,11 +404,6 @@ def _batches(rows: layout.Rows) -> Iterator[list[BlobId]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _names(blobs: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The first eight bytes of blob_ids (n, 32) as numbers."""
-    return np.ascontiguousarray(blobs[:, :_NAME]).view(np.uint64)[:, 0]
 
 
 def _sizes(rows: layout.Rows) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """What a repository holds and what it saves: bytes by stream and tier, sharing, compression and deltas."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -14,11 +14,10 @@ from him.ports import Projection
 from him.pyramid import directory, page, update
 from him.tier.warm import WarmStore
 from him.tile import codec
-from him.tile.address import KIND_NAMES, KIND_TILE
+from him.tile.address import KIND_NAMES, KIND_TILE, prefixes
 from him.types import Frame, PackState
 
 Progress = Callable[[int, int, str], None]
-_NAME: Final = 8
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
@@ -116,7 +115,7 @@ def measure(history: History, projection: Projection, store: WarmStore, progress
         history.refresh()
         state = projection.state()
         packs = [pack for pack in state.packs if not pack.removed]
-        rows = {pack.name: _rows(store, pack) for pack in packs}
+        rows = {pack.name: store.rows(pack) for pack in packs}
         records = _records(store, rows)
         tallies: dict[str, _Tally] = {}
         counted: dict[tuple[str, bytes, int, int], tuple[int, int]] = {}
@@ -136,12 +135,6 @@ def measure(history: History, projection: Projection, store: WarmStore, progress
     )  # fmt: skip
 
 
-def _rows(store: WarmStore, pack: PackState) -> layout.Rows:
-    named = [pack.finished] if pack.finished else [one for _, one in pack.ranges]
-    parts = [store.rows(one) for one in named]
-    return np.concatenate(parts) if parts else layout.rows_of([])
-
-
 def _end(pack: PackState) -> int:
     if pack.finished is not None:
         return pack.finished.size
@@ -150,7 +143,7 @@ def _end(pack: PackState) -> int:
 
 def _records(store: WarmStore, rows: dict[str, layout.Rows]) -> _Records:
     """Of each blob the record that is found: the least deep, then the newest."""
-    names = [_names(held["blob"]) for held in rows.values()]
+    names = [prefixes(held["blob"]) for held in rows.values()]
     warm, cold = list[NDArray[np.bool_]](), list[NDArray[np.bool_]]()
     for name, held in rows.items():
         here = store.resident(name)
@@ -181,7 +174,7 @@ def _count(
     if key not in counted:
         tiles = size = 0
         for blobs, sizes in _leaves(store, frame):
-            tally.names.append(_names(blobs))
+            tally.names.append(prefixes(blobs))
             tally.sizes.append(sizes)
             tiles, size = tiles + len(sizes), size + int(sizes.sum())
         counted[key] = tiles, size
@@ -233,10 +226,6 @@ def _stream(name: str, tally: _Tally, records: _Records) -> StreamStats:
         int(deep.sum()), int(raw_there[deep].sum()), int(stored[deep].sum()),
         int(stored[records.warm[at]].sum()), int(stored[records.cold[at]].sum()),
     )  # fmt: skip
-
-
-def _names(blobs: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    return np.ascontiguousarray(blobs[:, :_NAME]).view(np.uint64)[:, 0] if len(blobs) else np.zeros(0, np.uint64)
 
 
 def _joined(parts: Sequence[NDArray[_Scalar]], dtype: type[_Scalar]) -> NDArray[_Scalar]:

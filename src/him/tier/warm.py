@@ -4,7 +4,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -41,7 +41,7 @@ from him.tier.mirror import Mirror
 from him.tile import chunks, codec, delta
 from him.tile.address import KIND_TILE, blob_id
 from him.tile.chunks import CHUNKS
-from him.types import BlobId, PackFinished, PackRange
+from him.types import BlobId, PackFinished, PackRange, PackState
 
 PACK_FOLDER: Final = "packs"
 Values = NDArray[np.generic] | bytes
@@ -140,8 +140,6 @@ class WarmStore:
         """Pages and directory nodes among them."""
         self.epoch = 0
         """Grows when appended blobs are forgotten: a batch that spans such a moment must not commit."""
-        self.expired: Mapping[tuple[str, str], int] = {}
-        """What retention has let go: (stream, snapshot id or "") → tiles of snapshots opened before (ns)."""
         self._released = 0
         self._condemned: dict[str, int] = {}
         self.target_bytes: int | None = None
@@ -392,16 +390,22 @@ class WarmStore:
         """
         return sum(self._relied(blob) for blob in blobs)
 
+    @property
+    def expired(self) -> dict[tuple[str, str], int]:
+        """What retention has let go: (stream, snapshot id or "") → tiles of snapshots opened before (ns)."""
+        return self._projection.expired()
+
     def only_in(self, blobs: Sequence[BlobId], packs: Set[str]) -> list[BlobId]:
         """Which blobs lie in no pack but condemned ones and `packs`."""
         with self._lock:
-            self.refresh()
+            self._caught_up()
             avoid = frozenset(self._numbers[name] for name in packs)
             return [blob for blob in blobs if blob not in self._pending and not self._addresses.relied(blob, avoid)]
 
-    def rows(self, named: PackRange | PackFinished) -> layout.Rows:
-        """What a range or a finished pack holds. Raises IntegrityError, also where only its list is damaged."""
-        return self._rows(named, salvage=False)
+    def rows(self, pack: PackState) -> layout.Rows:
+        """All that a pack holds. Raises IntegrityError, also where only its list is damaged."""
+        named = [pack.finished] if pack.finished else [one for _, one in pack.ranges]
+        return np.concatenate([layout.rows_of([]), *(self._rows(one, salvage=False) for one in named)])
 
     def remove(self, name: str) -> None:
         """Remove what is on this disk of a pack that a record says is gone."""
@@ -431,15 +435,12 @@ class WarmStore:
     @property
     def condemned(self) -> int:
         """The record that last condemned a pack, as far as this store has looked; 0 for none."""
-        with self._lock:
-            if not self._addresses_loaded or self._addresses.position < self._projection.position()[0]:
-                self.refresh()
-            return max(self._condemned.values(), default=0)
+        return max(self.condemned_packs().values(), default=0)
 
     def condemned_packs(self) -> dict[str, int]:
         """Packs that are to be removed once nobody reads them, and the records that condemned them."""
         with self._lock:
-            self.refresh()
+            self._caught_up()
             return dict(self._condemned)
 
     @property
@@ -927,7 +928,6 @@ class WarmStore:
             else:
                 self._condemned[name] = condemned
         self._addresses.condemned = frozenset(self._numbers[name] for name in self._condemned)
-        self.expired = self._projection.expired()
         self._released = head
 
     def _relied(self, blob: BlobId) -> int:

@@ -2,7 +2,9 @@
 
 from typing import Final
 
+import numpy as np
 from blake3 import blake3
+from numpy.typing import NDArray
 
 from him.types import BlobId, TileId, TileKey, stream_frame_text
 
@@ -14,6 +16,12 @@ KIND_INDEX: Final = 5
 KIND_FOOTER: Final = 6
 
 KIND_NAMES: Final = {1: "tile", 2: "page", 3: "directory", 4: "companion", 5: "index", 6: "footer"}
+_PREFIX_BYTES: Final = 8
+
+
+def prefixes(blobs: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The first eight bytes of blob_ids (n, 32) as numbers (n): enough to tell millions apart, not to prove one."""
+    return np.ascontiguousarray(blobs[:, :_PREFIX_BYTES]).view(np.uint64)[:, 0]
 
 
 def blob_id(kind: int, header: bytes, payload: bytes | memoryview) -> BlobId:
