@@ -108,7 +108,7 @@ class WarmStore:
         self._mirror = mirror
         self._projection = projection
         self._rng = rng
-        self._repository_id = repository_id
+        self.repository_id = repository_id
         self._files: dict[str, File] = {}
         self._retired: list[File] = []
         self._names: list[str] = []
@@ -864,7 +864,7 @@ class WarmStore:
             if file.lock(wait=False) and name.removeprefix(f"{PACK_FOLDER}/") in self.disk.list(PACK_FOLDER):
                 break
             file.close()
-        file.write_at(0, layout.encode_file_header(self._repository_id, pack))
+        file.write_at(0, layout.encode_file_header(self.repository_id, pack))
         self.disk.sync_folder(PACK_FOLDER)
         self._files[name] = file
         self._writer = PackWriter(file, name, layout.FILE_HEADER_BYTES)
