@@ -45,7 +45,7 @@ from him.types import PackFinished
 
 FOLDER: Final = "cold"
 PACKS: Final = "packs/"
-_RECEIPTS: Final = f"{FOLDER}/receipts"
+RECEIPTS: Final = f"{FOLDER}/receipts"
 _HOTNESS: Final = f"{FOLDER}/hotness"
 
 _Names = list[str]
@@ -144,7 +144,7 @@ class Mirror:
         self._mover = _Mover(self.push_all) if background and not read_only else None
         self._read_only = read_only
         self._account = Account(disk, self._recounted, read_only=read_only)
-        self._receipts = disk.open(_RECEIPTS, create=not read_only)
+        self._receipts = disk.open(RECEIPTS, create=not read_only)
         self._pins = Pins(disk, read_only=read_only)
         self._learn_receipts()
         if not read_only:
@@ -864,7 +864,7 @@ def receipts(disk: Disk) -> list[Receipt]:
     What is gone on this disk is still held until a line says that it is gone there too.
     """
     try:
-        file = disk.open(_RECEIPTS)
+        file = disk.open(RECEIPTS)
     except NotFoundError:
         return []
     try:
@@ -874,18 +874,42 @@ def receipts(disk: Disk) -> list[Receipt]:
         file.close()
 
 
+def receipt_lines(disk: Disk) -> Iterator[tuple[Receipt | None, int, bool]]:
+    """(receipt or None, where its line begins, whether the line has an end) of every line, in order: for fsck."""
+    try:
+        file = disk.open(RECEIPTS)
+    except NotFoundError:
+        return
+    try:
+        start = 0
+        for line in _lines(file.read_at(0, file.size())):
+            whole = line.endswith(b"\n")
+            yield Receipt.of(line) if whole else None, start, whole
+            start += len(line)
+    finally:
+        file.close()
+
+
 def keep_receipts(disk: Disk, known: Iterable[Receipt]) -> None:
     """Take receipts over that were given to another repository, in place of all that are here."""
-    disk.write_whole(_RECEIPTS, b"".join(receipt.line() for receipt in known))
+    disk.write_whole(RECEIPTS, b"".join(receipt.line() for receipt in known))
 
 
 def _read_receipts(file: File, start: int) -> Iterator[tuple[Receipt | None, int]]:
     """The receipts from an offset on, each with where its line ends; None for a damaged line."""
-    for line in file.read_at(start, file.size() - start).splitlines(keepends=True):
+    for line in _lines(file.read_at(start, file.size() - start)):
         if not line.endswith(b"\n"):
             return
         start += len(line)
         yield Receipt.of(line), start
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    """Lines with their line feed, the last perhaps without; nothing else ends one, so a damaged byte cannot."""
+    *whole, rest = data.split(b"\n")
+    yield from (line + b"\n" for line in whole)
+    if rest:
+        yield rest
 
 
 def _parts(file: File, size: int) -> Iterator[bytes]:

@@ -30,7 +30,7 @@ from him.config import (
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
 )
-from him.errors import BusyError, HimError, IntegrityError, NotFoundError
+from him.errors import BusyError, HimError, IntegrityError, NotFoundError, VersionError
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
@@ -259,8 +259,8 @@ class WarmStore:
             payload = self._pages.get(blob) or self._page(kind, BlobId(blob))
             try:
                 found = parse(payload)
-            except IntegrityError as error:
-                raise IntegrityError(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
+            except (IntegrityError, VersionError) as error:
+                raise type(error)(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
             self._parsed.put(blob, found, len(payload))
         return found
 
@@ -466,7 +466,8 @@ class WarmStore:
                     file = self.disk.open(name)
                 except NotFoundError:
                     continue
-                if not file.lock(wait=False):
+                head = file.read_at(0, layout.FILE_HEADER_BYTES)
+                if not file.lock(wait=False) or not layout.may_grow(head, self.repository_id):
                     file.close()
                     continue
                 end = growing[name][-1].end
@@ -673,7 +674,7 @@ class WarmStore:
             record = self._healed(blob, name, at)
             if record is None:
                 raise
-        return _checked(record, name)
+        return _checked(record)
 
     def _healed(self, blob: BlobId, name: str, at: Location) -> layout.Record | None:
         """The record as the cold tier has it, put in the place of what did not verify here; None when it has none."""
@@ -694,7 +695,7 @@ class WarmStore:
     def _lent(self, blob: BlobId, name: str, at: Location) -> Blob:
         try:
             view = self.disk.view(name, at.offset, at.length)
-            return _checked(layout.decode_record(view, f"{name} @ {at.offset}", blob), name)
+            return _checked(layout.decode_record(view, f"{name} @ {at.offset}", blob))
         except IntegrityError:
             # Freed before its range was locked, or damaged: a copy of one's own then.
             return self._read(blob, name, at)
@@ -990,10 +991,8 @@ def _contiguous(ranges: list[PackRange], end: int) -> bool:
     return starts == [layout.FILE_HEADER_BYTES] + [named.end for named in ranges]
 
 
-def _checked(record: layout.Record, place: str) -> Blob:
+def _checked(record: layout.Record) -> Blob:
     header = record.header
-    if any(header.key_id):
-        raise IntegrityError("the record needs a feature this version lacks", object=header.blob_id.hex(), place=place)
     base = BlobId(header.delta_base)
     return Blob(
         header.kind, header.codec, record.meta, record.stored, header.raw_size, header.origin, base, header.delta_depth
