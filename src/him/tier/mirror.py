@@ -37,6 +37,7 @@ from him.config import (
 from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, StorageError, UnavailableError
 from him.ports import Clock, Disk, File, ObjectStore
 from him.tier import cold as copies
+from him.tier import lines
 from him.tier.account import Account
 from him.tier.cold import Claim, LogCopy, Receipt
 from him.tier.evict import EvictionPolicy, Extent
@@ -516,7 +517,7 @@ class Mirror:
                 if self._cold.size(finished.pack) != size:
                     self._cold.upload(finished.pack, _parts(file, size))
                 if copies.digest_of(self._cold, finished.pack, size) == receipt.digest:
-                    self._cold.put(copies.receipt_name(finished.pack), receipt.line())
+                    self._cold.put(copies.receipt_name(finished.pack), lines.encode(receipt))
                     self._keep_receipt(receipt)
                     return
                 self._cold.delete([finished.pack])
@@ -545,7 +546,7 @@ class Mirror:
     def _learn_receipts(self) -> None:
         """Receipts that were added since the last look, by any process."""
         with self._lock:
-            for receipt, end in _read_receipts(self._receipts, self._receipts_read):
+            for receipt, end in lines.read(self._receipts, self._receipts_read, Receipt):
                 self._receipts_read = end
                 if receipt is None:
                     continue
@@ -562,10 +563,7 @@ class Mirror:
     def _keep_receipt(self, receipt: Receipt) -> None:
         with self._account:
             self._learn_receipts()
-            # What a crash left half written ends here.
-            self._receipts.truncate(self._receipts_read)
-            self._receipts.write_at(self._receipts_read, receipt.line())
-            self._receipts.sync()
+            lines.append(self._receipts, self._receipts_read, receipt)
             self._learn_receipts()
 
     def _look(self, pack: _Pack) -> None:
@@ -868,7 +866,7 @@ def receipts(disk: Disk) -> list[Receipt]:
     except NotFoundError:
         return []
     try:
-        told = {receipt.pack: receipt for receipt, _ in _read_receipts(file, 0) if receipt is not None}
+        told = {receipt.pack: receipt for receipt, _ in lines.read(file, 0, Receipt) if receipt is not None}
         return [receipt for receipt in told.values() if receipt.digest]
     finally:
         file.close()
@@ -876,16 +874,7 @@ def receipts(disk: Disk) -> list[Receipt]:
 
 def keep_receipts(disk: Disk, known: Iterable[Receipt]) -> None:
     """Take receipts over that were given to another repository, in place of all that are here."""
-    disk.write_whole(_RECEIPTS, b"".join(receipt.line() for receipt in known))
-
-
-def _read_receipts(file: File, start: int) -> Iterator[tuple[Receipt | None, int]]:
-    """The receipts from an offset on, each with where its line ends; None for a damaged line."""
-    for line in file.read_at(start, file.size() - start).splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
-        start += len(line)
-        yield Receipt.of(line), start
+    disk.write_whole(_RECEIPTS, b"".join(map(lines.encode, known)))
 
 
 def _parts(file: File, size: int) -> Iterator[bytes]:
