@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from blake3 import blake3
 
-from him.config import PARITY_CHUNK_BYTES, PARITY_FILES_MAX, PARITY_TABLE_BYTES_MAX
+from him.config import PARITY_CHUNK_BYTES, PARITY_TABLE_BYTES_MAX
 from him.errors import IntegrityError, VersionError
 from him.pack import galois
 from him.pack.galois import Bytes
@@ -177,16 +177,6 @@ def made_again(
     # What each wanted chunk is of those at hand: its row of the code times the inverse.
     factors = np.stack(galois.product(wanted, [np.ascontiguousarray(row) for row in data_of_have]))
     return code(factors, [have[number] for number in numbers])
-
-
-def parity_files(members: int, data: int, extra: int) -> int:
-    """How many parity files a group of fewer packs than `data` has: in proportion, but one at least."""
-    return max(1, -(-extra * members // data))
-
-
-def check_shape(data: int, extra: int) -> bool:
-    """Whether groups of `data` packs and `extra` parity files can be."""
-    return data >= 1 and extra >= 1 and data + extra <= PARITY_FILES_MAX
 
 
 def _table_at(size: int) -> int:

@@ -4,7 +4,9 @@ A record that could not be healed is in *quarantine*: it is read only where ther
 count as stored, so that whoever puts the same content again mends it.
 """
 
+import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final, Literal
 
 import msgspec
@@ -33,12 +35,14 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Journal:
-    """The file; safe to use from several threads only under a lock of the caller's."""
+    """The file; safe to use from several threads."""
 
     def __init__(self, disk: Disk, clock: Clock, *, read_only: bool = False) -> None:
         self._disk, self._clock, self._read_only = disk, clock, read_only
         self._file: File | None = None
         self._end = 0
+        # The file's lock holds between processes; threads of one share its descriptor.
+        self._threads = threading.RLock()
         self._held: dict[tuple[str, int], Event] = {}
         self._healed: list[Event] = []
 
@@ -46,25 +50,27 @@ class Journal:
         """Note an event, if anything can be written. Raises StorageError."""
         if self._read_only or (what == "quarantined" and (pack, offset) in self.quarantined()):
             return
-        file = self._opened(create=True)
-        assert file is not None
-        file.lock(wait=True)
-        try:
-            self._learn(file)
-            event = Event(self._clock.now_ns(), what, pack, offset, size, blob, why)
-            self._end = lines.append(file, self._end, event)
-            self._apply(event)
-            if self._end > CARE_JOURNAL_BYTES_MAX:
-                self._shorten(file)
-        finally:
-            file.unlock()
+        with self._threads:
+            file = self._file = self._file or self._disk.open(JOURNAL, create=True)
+            file.lock(wait=True)
+            try:
+                self._learn(file)
+                event = Event(self._clock.now_ns(), what, pack, offset, size, blob, why)
+                self._end = lines.append(file, self._end, event)
+                self._apply(event)
+                if self._end > CARE_JOURNAL_BYTES_MAX:
+                    self._shorten(file)
+            finally:
+                file.unlock()
 
     def quarantined(self) -> Mapping[tuple[str, int], Event]:
         """Records in quarantine, by pack and offset."""
-        file = self._opened()
-        if file is not None and file.size() != self._end:
-            self._learn(file)
-        return self._held
+        with self._threads:
+            with suppress(NotFoundError):
+                self._file = self._file or self._disk.open(JOURNAL)
+                if self._file.size() != self._end:
+                    self._learn(self._file)
+            return dict(self._held)
 
     def healed(self) -> list[Event]:
         """What was healed, oldest first; the journal keeps the last ones."""
@@ -76,14 +82,6 @@ class Journal:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def _opened(self, *, create: bool = False) -> File | None:
-        if self._file is None:
-            try:
-                self._file = self._disk.open(JOURNAL, create=create)
-            except NotFoundError:
-                return None
-        return self._file
 
     def _learn(self, file: File) -> None:
         if file.size() < self._end:

@@ -325,6 +325,28 @@ class Mirror:
                     changed = True
         return changed
 
+    def put_back(self, path: str, offset: int, data: bytes | memoryview) -> None:
+        """Put sound bytes, of whole extents, where a pack has others or none; a file that is not mirrored just grows.
+
+        Raises:
+            StorageError: there is no room for them.
+        """
+        pack = self.pack(path) if self.holds(path) else None
+        if pack is None:
+            file = self.open(path, create=True)
+            try:
+                file.write_at(offset, data)
+            finally:
+                file.close()
+            return
+        new = [(pack.number, at) for at in pack.extents(offset, len(data)) if not pack.here[at]]
+        if new and not self._reserved(self._bytes_of(new), self.budget_bytes):
+            raise StorageError("the warm budget has no room for what was made again", place=path)
+        with self._account, self._lock:
+            self._file(pack).write_at(offset, data)
+            pack.here[[at for _, at in new]] = True
+            self._policy.adopt(new)
+
     def mend(self, path: str) -> bool:
         """Compare what is here of a pack with the cold tier and put right what differs; whether anything did.
 

@@ -25,15 +25,17 @@ from him.config import (
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
 )
-from him.errors import BusyError, HimError, IntegrityError, NotFoundError
+from him.errors import BusyError, HimError, IntegrityError, NotFoundError, UnavailableError
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
 from him.ports import Disk, File, Projection, Rng
 from him.tier.address import AddressIndex, Location
 from him.tier.assembly import Assembly, Blob, Prepared, Values, checked, parts_of
+from him.tier.care import Journal, What
 from him.tier.kept import Buffers, Recent
 from him.tier.mirror import Mirror
+from him.tier.protect import Made, Parity, Progress
 from him.tile import codec
 from him.tile.address import KIND_TILE, blob_id
 from him.tile.chunks import CHUNKS
@@ -53,10 +55,21 @@ class WarmStore:
     """
 
     def __init__(
-        self, disk: Disk, projection: Projection, rng: Rng, repository_id: bytes, mirror: Mirror | None = None
+        self,
+        disk: Disk,
+        projection: Projection,
+        rng: Rng,
+        repository_id: bytes,
+        mirror: Mirror | None = None,
+        *,
+        journal: Journal | None = None,
+        parity: Parity | None = None,
     ) -> None:
         self.disk: Disk = disk if mirror is None else mirror
         """Where packs are read through."""
+        self.parity = parity
+        """What makes damaged bytes of finished packs again, if anything does."""
+        self._journal = journal
         self._mirror = mirror
         self._projection = projection
         self._rng = rng
@@ -355,6 +368,18 @@ class WarmStore:
         named = [pack.finished] if pack.finished else [one for _, one in pack.ranges]
         return np.concatenate([layout.rows_of([]), *(self._rows(one, salvage=False) for one in named)])
 
+    def protect(self, progress: Progress) -> Made | None:
+        """Bring parity up to date with the packs that are to stay; None when another process does, or there is none.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        if self.parity is None:
+            return None
+        with suppress(BusyError):
+            return self.parity.update(progress)
+        return None
+
     def remove(self, name: str) -> None:
         """Remove what is on this disk of a pack that a record says is gone."""
         if self._mirror is None:
@@ -547,6 +572,7 @@ class WarmStore:
             changes = self._projection.pack_changes(self._addresses.position)
             self._learn_names()
             self._learn_released(head)
+            self._learn_quarantined()
             for seq, named in changes:
                 self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
             # Records without rows count too, or every look-up of an unknown blob would ask again.
@@ -558,11 +584,14 @@ class WarmStore:
                 self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
 
     def mend(self, name: str) -> bool:
-        """Put right what is here of a pack by its cold copy; whether that changed anything."""
-        try:
-            return self._mirror is not None and self._mirror.holds(name) and self._mirror.mend(name)
-        except HimError:
-            return False  # A cold tier that is away, or no better, mends nothing.
+        """Put right what is here of a pack by parity or its cold copy; whether that changed anything."""
+        changed = False
+        with suppress(HimError):  # What is lost beyond parity, or away, mends nothing.
+            if self.parity is not None and self.parity.protects(name):
+                return self.parity.mend(name)
+        with suppress(HimError):
+            changed = self._mirror is not None and self._mirror.holds(name) and self._mirror.mend(name)
+        return changed
 
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
@@ -627,13 +656,33 @@ class WarmStore:
         return checked(record, name)
 
     def _healed(self, blob: BlobId, name: str, at: Location) -> layout.Record | None:
-        """The record as the cold tier has it, put in the place of what did not verify here; None when it has none."""
-        if self._mirror is None or not self._mirror.holds(name):
-            return None
-        data = self._mirror.fetch(name, at.offset, at.length)
-        record = layout.decode_record(data, f"{name} @ {at.offset}", blob)
-        self._mirror.heal(name, at.offset, data)
-        return record
+        """The record as the cold tier has it or parity makes it, put in the place of what did not verify; or None.
+
+        Raises:
+            UnavailableError: the cold tier does not answer, and there is nothing else.
+        """
+        lost: HimError | None = None
+        if self._mirror is not None and self._mirror.holds(name):
+            try:
+                data = self._mirror.fetch(name, at.offset, at.length)
+                record = layout.decode_record(data, f"{name} @ {at.offset}", blob)
+                if self._mirror.heal(name, at.offset, data):
+                    self._note("healed", name, at, why="cold")
+                return record
+            except (IntegrityError, NotFoundError, UnavailableError) as error:
+                lost = error
+        with suppress(IntegrityError):
+            if self.parity is not None and self.parity.mend(name, at.offset, at.length):
+                return read_record(self._file(name), name, at.offset, at.length, blob)
+        if isinstance(lost, UnavailableError):
+            raise lost
+        return None
+
+    def _note(self, what: What, name: str, at: Location, *, blob: str = "", why: str = "") -> None:
+        """Keep what happened to a record; a disk that refuses has not undone it."""
+        if self._journal is not None:
+            with suppress(HimError):
+                self._journal.add(what, name, at.offset, at.length, blob=blob, why=why)
 
     def _page(self, kind: int, blob: BlobId) -> bytes:
         found = self.read(blob)
@@ -656,8 +705,32 @@ class WarmStore:
         except IntegrityError:
             # Its pack may be gone since this store last looked, and the record lie in another.
             if not (self._caught_up() or self._mended()):
+                return self._elsewhere(blob, work)
+        try:
+            return work(*self._place(blob))
+        except IntegrityError:
+            return self._elsewhere(blob, work)
+
+    def _elsewhere(self, blob: BlobId, work: Callable[[str, Location], _R]) -> _R:
+        """What nothing could heal goes into quarantine; another record of the blob serves, if there is one."""
+        name, at = self._place(blob)
+        try:
+            return work(name, at)
+        except IntegrityError as error:
+            if at.pack < 0 or self._journal is None:
+                raise
+            self._note("quarantined", name, at, blob=blob.hex(), why=error.message)
+            self._learn_quarantined()
+            if self._place(blob) == (name, at):
                 raise
         return work(*self._place(blob))
+
+    def _learn_quarantined(self) -> None:
+        if self._journal is not None:
+            held = self._journal.quarantined()
+            self._addresses.bad = frozenset(
+                (self._numbers[name], offset) for name, offset in held if name in self._numbers
+            )
 
     def _caught_up(self) -> bool:
         """Learn what the projection knows already; whether that was anything."""
@@ -719,7 +792,9 @@ class WarmStore:
             name = f"{PACK_FOLDER}/{pack.hex()}.pack"
             file = self.disk.open(name, create=True)
             # Whoever collects garbage may have taken it for an orphan before it was locked, and removed it.
-            if file.lock(wait=False) and name.removeprefix(f"{PACK_FOLDER}/") in self.disk.list(PACK_FOLDER):
+            there = file.lock(wait=False) and name.removeprefix(f"{PACK_FOLDER}/") in self.disk.list(PACK_FOLDER)
+            # Nor is one ever written over: randomness repeats where a machine is copied while it runs.
+            if there and not file.size():
                 break
             file.close()
         file.write_at(0, layout.encode_file_header(self.repository_id, pack))
@@ -749,12 +824,11 @@ class WarmStore:
 
     def _rows(self, named: PackRange | PackFinished, *, salvage: bool = True) -> layout.Rows:
         """What a range or a finished pack holds; where its list is damaged, what the records say themselves."""
-        try:
-            file = self.disk.open(named.pack)
-        except NotFoundError as error:
-            if named.pack in self._condemned:
-                return layout.rows_of([])  # Another process was just allowed to remove it.
-            raise IntegrityError("a pack is missing", place=named.pack) from error
+        if named.pack in self._condemned and named.pack.removeprefix(f"{PACK_FOLDER}/") not in self.disk.list(
+            PACK_FOLDER
+        ):
+            return layout.rows_of([])  # Another process was just allowed to remove it.
+        file = self._opened(named.pack)
         ranged = isinstance(named, PackRange)
         try:
             for again in (True, False):
@@ -831,15 +905,21 @@ class WarmStore:
         with self._lock:
             file = self._files.get(name)
             if file is None:
-                try:
-                    file = self.disk.open(name)
-                except NotFoundError as error:
-                    raise IntegrityError("a pack is missing", place=name) from error
+                file = self._opened(name)
                 self._files[name] = file
                 if len(self._files) > OPEN_PACKS_MAX:
                     # Closed once no thread reads from it any more; the pack that is written to is held elsewhere too.
                     del self._files[next(iter(self._files))]
             return file
+
+    def _opened(self, name: str) -> File:
+        """A pack's file, made again if it is gone and parity can. Raises IntegrityError."""
+        try:
+            return self.disk.open(name)
+        except NotFoundError as error:
+            if self.mend(name):
+                return self.disk.open(name)
+            raise IntegrityError("a pack is missing", place=name) from error
 
 
 def _contiguous(ranges: list[PackRange], end: int) -> bool:
