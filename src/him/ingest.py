@@ -23,7 +23,8 @@ from him.perception import pins, see
 from him.ports import ArraySource, Clock, Memo, TextEncoder, TextReader
 from him.pyramid import directory, update
 from him.pyramid.update import Cell
-from him.tier.warm import Prepared, WarmStore
+from him.tier.assembly import Prepared
+from him.tier.warm import WarmStore
 from him.tile import codec, delta
 from him.tile.delta import ClientDelta
 from him.tile.downsample import check as check_rule

@@ -23,7 +23,7 @@ from him.tier.settings import TIER, tier_settings
 from him.types import Fault
 
 _KNOWN: Final = {
-    "": {MARKER, TIER, "restoring.json", "log", "packs", "leases", "spool", "cache", "cold"},
+    "": {MARKER, TIER, "restoring.json", "log", "packs", "leases", "spool", "cache", "cold", "care"},
     "log": {LOG_PATH.partition("/")[2], END_PATH.partition("/")[2], TURN_PATH.partition("/")[2], "checkpoints"},
     "cold": {"account", "pins", "receipts", "hotness", "log"},
 }
@@ -145,9 +145,9 @@ def _unknown(disk: Disk) -> _Findings:
     for name in disk.list(CHECKPOINT_FOLDER):
         if len(name) != 16 or not name.isdecimal():
             yield _nobodys(f"{CHECKPOINT_FOLDER}/{name}")
-    for folder, suffix in (("packs", ".pack"), ("spool", ".json")):
+    for folder, suffixes in (("packs", (".pack", ".parity")), ("spool", (".json",))):
         for name in disk.list(folder):
-            if not name.endswith(suffix):
+            if not name.endswith(suffixes):
                 yield _nobodys(f"{folder}/{name}")
     for name in disk.list(lease.FOLDER):
         if not name.isdecimal():

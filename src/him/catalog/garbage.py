@@ -19,6 +19,7 @@ from him.catalog.retention import Expiry
 from him.config import COLLECT_COPY_BYTES
 from him.errors import ConflictError, NotFoundError, UnavailableError
 from him.pack import format as layout
+from him.pack.parity import SUFFIX as PARITY
 from him.ports import Clock, Projection
 from him.pyramid import directory, levels, page
 from him.tier.warm import PACK_FOLDER, WarmStore
@@ -296,6 +297,8 @@ class Collector:
         freed = sum(finished.size for finished in packs if finished)
         if free:
             rescued = self._of_traces()
+            # The others are protected without them before they go.
+            self._store.protect(self._progress)
             self._history.append(lambda: self._removing(free, rescued))
         for number, name in enumerate(free):
             self._progress(number, len(free), "removing")
@@ -351,7 +354,7 @@ class Collector:
         """Remove files no record names or that one says are gone; how many of the former there were."""
         self._history.refresh()
         state = {pack.name: pack for pack in self._projection.state().packs}
-        names = [f"{PACK_FOLDER}/{name}" for name in self._store.disk.list(PACK_FOLDER)]
+        names = [f"{PACK_FOLDER}/{name}" for name in self._store.disk.list(PACK_FOLDER) if not name.endswith(PARITY)]
         for name in names:
             if name in state and state[name].removed:
                 self._store.remove(name)

@@ -76,14 +76,16 @@ class _Segment:
         self._lows = table.lows.view(np.uint8).data.cast("Q")
         self._places = table.places.view(np.uint8).data.cast("I")
 
-    def find(self, high: int, low: int, avoid: Set[int] = frozenset()) -> Location | None:
+    def find(self, high: int, low: int, avoid: Set[int], bad: Set[tuple[int, int]]) -> Location | None:
         """The place of a name in a pack that is not to be avoided, the least deep, then the newest; or None."""
         highs, count = self._highs, len(self._highs)
         at = bisect_left(highs, high)
         while at < count and highs[at] == high:
             places, row = self._places, 4 * at
             if self._lows[at] == low and (not avoid or places[row] not in avoid):
-                return Location(places[row], places[row + 1] * PACK_ALIGN_BYTES, places[row + 2], places[row + 3])
+                found = Location(places[row], places[row + 1] * PACK_ALIGN_BYTES, places[row + 2], places[row + 3])
+                if not bad or found[:2] not in bad:
+                    return found
             at += 1
         return None
 
@@ -104,6 +106,8 @@ class AddressIndex:
         """Numbers of packs whose rows lead nowhere any more."""
         self.condemned: frozenset[int] = frozenset()
         """Numbers of packs that can be read and must not be relied on."""
+        self.bad: frozenset[tuple[int, int]] = frozenset()
+        """Packs' numbers and offsets of damaged records: found where there is no other, and never relied on."""
 
     def load(self, head: int) -> None:
         """Map the segments that are there; damaged ones, leftovers and those beyond `head` are removed."""
@@ -131,30 +135,35 @@ class AddressIndex:
 
     def find(self, blob: BlobId) -> Location | None:
         """Where the least deep record of a blob lies (of equally deep ones the newest), or None."""
-        return self._found(blob, self.removed)
+        found = self._found(blob, self.removed, self.bad)
+        return self._found(blob, self.removed) if found is None and self.bad else found
 
-    def _found(self, blob: BlobId, avoid: Set[int]) -> Location | None:
+    def _relied(self, blob: BlobId, avoid: Set[int] = frozenset()) -> Location | None:
+        return self._found(blob, self.removed | self.condemned | avoid, self.bad)
+
+    def _found(self, blob: BlobId, avoid: Set[int], bad: Set[tuple[int, int]] = frozenset()) -> Location | None:
         found = self._tail.get(blob)
-        if found is not None and (not avoid or found.pack not in avoid):
+        if found is not None and (not avoid or found.pack not in avoid) and (not bad or found[:2] not in bad):
             return found
         high, low = _NAME.unpack_from(blob)
         for segment in reversed(self._segments):
-            found = segment.find(high, low, avoid)
+            found = segment.find(high, low, avoid, bad)
             if found is not None:
                 return found
         return None
 
     def relied(self, blob: BlobId, avoid: Set[int]) -> bool:
         """Whether a blob lies in a pack that may be relied on and is none of `avoid`."""
-        return self._found(blob, self.removed | self.condemned | avoid) is not None
+        return self._relied(blob, avoid) is not None
 
     def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
         """Whether each blob is in no pack that may be relied on: for many blobs at once far cheaper than `find`."""
-        avoid = self.removed | self.condemned
         if len(blobs) < _FEW:
-            return [self._found(blob, avoid) is None for blob in blobs]
-        tail = self._tail
-        absent = np.array([(at := tail.get(blob)) is None or at.pack in avoid for blob in blobs], dtype=np.bool_)
+            return [self._relied(blob) is None for blob in blobs]
+        tail, avoid, bad = self._tail, self.removed | self.condemned, self.bad
+        absent = np.array(
+            [(at := tail.get(blob)) is None or at.pack in avoid or at[:2] in bad for blob in blobs], dtype=np.bool_
+        )
         names = np.frombuffer(b"".join(blob[:16] for blob in blobs), dtype=">u8").reshape(-1, 2).astype(np.uint64)
         for segment in self._segments:
             highs = segment.table.highs
@@ -163,7 +172,7 @@ class AddressIndex:
             inside = np.flatnonzero(absent & (at < len(highs)))
             close = inside[highs[at[inside]] == names[inside, 0]]
             for number in map(int, close):
-                absent[number] = self._found(blobs[number], avoid) is None
+                absent[number] = self._relied(blobs[number]) is None
         return absent.tolist()
 
     def add(self, seq: int, pack: int, rows: Rows) -> None:
@@ -189,7 +198,7 @@ class AddressIndex:
             return rows
         kept = np.ones(len(rows), dtype=np.bool_)
         for at in map(int, deep):
-            known = self._found(BlobId(rows["blob"][at].tobytes()), self.removed | self.condemned)
+            known = self._relied(BlobId(rows["blob"][at].tobytes()))
             # Equally deep ones count: a compacted pack's records lie in a new place as they are.
             kept[at] = known is None or known.depth >= int(rows["depth"][at])
         rows = rows[kept]
