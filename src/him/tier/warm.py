@@ -82,6 +82,7 @@ class WarmStore:
         self._addresses_loaded = False
         self._addresses_sound = False
         self._salvaged = False
+        self._absent: set[str] = set()
         self._pending: dict[bytes, tuple[str, Location]] = {}
         self._writer: PackWriter | None = None
         self._ended: File | None = None
@@ -631,7 +632,8 @@ class WarmStore:
                     return self._pending[blob]
                 found = self._find(blob)
             if found is None:
-                raise IntegrityError("a blob that is referred to is missing", object=blob.hex(), place=PACK_FOLDER)
+                place = ", ".join(sorted(self._absent)) or PACK_FOLDER
+                raise IntegrityError("a blob that is referred to is missing", object=blob.hex(), place=place)
         return self._names[found.pack], found
 
     def _find(self, blob: BlobId) -> Location | None:
@@ -829,7 +831,15 @@ class WarmStore:
             PACK_FOLDER
         ):
             return layout.rows_of([])  # Another process was just allowed to remove it.
-        file = self._opened(named.pack)
+        try:
+            file = self._opened(named.pack)
+        except IntegrityError:
+            if not salvage:
+                raise
+            # What lies in other packs can be read all the same.
+            self._salvaged = True
+            self._absent.add(named.pack)
+            return layout.rows_of([])
         ranged = isinstance(named, PackRange)
         try:
             for again in (True, False):
