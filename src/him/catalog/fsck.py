@@ -232,14 +232,19 @@ class Fsck:
             return 0
         try:
             errors = self._checked(file, pack)
-            if errors and self._store.mend(pack.name):
-                errors = self._checked(file, pack)
-                text = "it was damaged, and is as in the cold tier again"
-                self._note(Fault(pack.name, pack.name, text, "nothing: it was mended", "pack"))
+            if errors:
+                # Reading what is made of a damaged record may have mended it meanwhile: so look again in any case.
+                self._store.mend(pack.name)
+                before, errors = len(errors), self._checked(file, pack)
+                if len(errors) < before:
+                    text = "it was damaged, and was mended from the cold tier or from parity"
+                    self._note(Fault(pack.name, pack.name, text, "nothing: it was mended", "pack"))
             if errors:
                 errors = self._relisted(file, pack, errors)
+            # Only what the cold tier holds was ever freed here.
+            freed = self._store.tiered and self._store.resident(pack.name) is None and len(file.data_runs()) != 1
             for error in errors:
-                self._pack_fault(error, pack.name)
+                self._pack_fault(error, pack.name, remedy.RECEIPTS if freed else remedy.HEAL)
             return file.size()
         finally:
             file.close()
@@ -270,10 +275,10 @@ class Fsck:
         lists = [error for error in errors if (error.object, error.place, error.message) not in kept]
         written = bool(lists) and self._rebuild and self._written(file, pack.name, wanted)
         for error in lists:
-            named = error.object if error.object in ("", pack.name) else f"a list ({error.object[:12]}…)"
+            named = pack.name if error.object in ("", pack.name) else f"a list ({error.object[:12]}…)"
             if written:
                 text = f"{error.message}: it was written again"
-                self._note(Fault(named or pack.name, error.place, text, "nothing: it was mended", "list"))
+                self._note(Fault(named, error.place, text, "nothing: it was mended", "list"))
             else:
                 self._fault(IntegrityError(error.message, object=named, place=error.place), "list", remedy.RELIST)
         return left
@@ -291,13 +296,13 @@ class Fsck:
             return False
         return True
 
-    def _pack_fault(self, error: HimError, pack: str) -> None:
+    def _pack_fault(self, error: HimError, pack: str, fix: str) -> None:
         if isinstance(error, VersionError):
             self._fault(error, "version", remedy.NEWER)
         elif error.object == pack and error.place == f"{pack} @ 0":
             self._fault(error, "pack", remedy.FOREIGN_PACK)
         else:
-            self._fault(error, "record" if error.object != pack else "pack", remedy.HEAL)
+            self._fault(error, "record" if error.object != pack else "pack", fix)
 
     def _content(self, found: layout.Record, place: str) -> HimError | None:
         """Whether the stored bytes decode to what the blob_id names, and whether the addresses know of them."""

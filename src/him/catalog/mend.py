@@ -79,11 +79,13 @@ def rewrite_marker(disk: Disk, other_id: Callable[[], str]) -> bool:
 
 
 def _ask_receipts(disk: Disk, cold: Callable[[], ObjectStore]) -> bool:
-    """Ask the cold tier for the receipts of packs whose lines are damaged; whether there were any."""
-    if all(receipt is not None for receipt, _, _ in receipt_lines(disk)):
-        return False
-    store, known = cold(), receipts(disk)
+    """Ask the cold tier for the receipts of packs that have none here; whether there were any."""
+    known = receipts(disk)
     absent = sorted(log_facts(disk).packs - {receipt.pack for receipt in known})
+    if not absent:
+        return False
+    store = cold()
     asked = [found for pack in absent if (found := receipt_of(store, pack)) is not None]
-    keep_receipts(disk, [*known, *asked])
-    return True
+    if asked or any(receipt is None for receipt, _, _ in receipt_lines(disk)):
+        keep_receipts(disk, [*known, *asked])
+    return bool(asked)

@@ -14,7 +14,7 @@ NEWER_CHECKPOINT: Final = "nothing to repair: the log says the same, and newer s
 END: Final = "nothing to do: where the log ends is found again, and written at the next opening"
 REF: Final = "delete the name: `him branch {name} --delete`"
 SEAL: Final = "run `him fsck --rebuild`: him.json is given a digest of its own"
-RECEIPTS: Final = "run `him fsck --rebuild`: what a line said is asked from the cold tier again"
+RECEIPTS: Final = "run `him fsck --rebuild`: which packs the cold tier holds is asked from it again"
 TIER_MISSING: Final = "name the cold tier again: `him tier set --cold PLACE --budget SIZE`"
 PINS: Final = "pin again what is to stay: `him tier pin`"
 ACCOUNT: Final = "nothing to do: what the packs take is counted again"
@@ -50,7 +50,7 @@ def log_remedy(sound: int, end: int, cold: str) -> str:
         ways.append(f"make a new one from the cold tier: `him restore {cold} NEW`")
     if sound:
         ways.append(
-            f"in a copy of the folder, cut log/000001.log to its first {end} bytes and delete log/end and cache: it is "
-            f"then as it was at record {sound}"
+            f"in a copy of the folder, cut log/000001.log to its first {end} bytes and delete log/end, log/checkpoints "
+            f"and cache: it is then as it was at record {sound}"
         )
     return "; or ".join(ways)
