@@ -11,7 +11,7 @@ A segment keeps its columns apart, so that a search by name stays in few lines o
 import contextlib
 import struct
 from bisect import bisect_left
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -113,7 +113,7 @@ class AddressIndex:
 
     def load(self, head: int) -> None:
         """Map the segments that are there; damaged ones, leftovers and those beyond `head` are removed."""
-        found = [self._mapped(f"{_FOLDER}/{name}") for name in self._disk.list(_FOLDER)]
+        found = [self.mapped(f"{_FOLDER}/{name}") for name in self._disk.list(_FOLDER)]
         while True:
             fitting = [one for one in found if one.since == self.position < one.until <= head]
             if not fitting:
@@ -234,7 +234,7 @@ class AddressIndex:
         gone = [old.path for old in self._segments[len(kept) :] if old.path != path]
         try:
             self._disk.write_whole(path, head + bytes(_HEAD - len(head)), *table.columns())
-            made = self._mapped(path)
+            made = self.mapped(path)
         except HimError:
             if len(table.highs) < ADDRESS_TAIL_ROWS:
                 return False
@@ -254,7 +254,7 @@ class AddressIndex:
         rows = [(p.pack, p.offset // PACK_ALIGN_BYTES, p.length, p.depth) for p in self._tail.values()]
         return _named(names, np.array(rows, dtype=PLACE))
 
-    def _mapped(self, path: str) -> _Segment:
+    def mapped(self, path: str) -> _Segment:
         """The segment in a file; one without rows that fits nowhere when the file is not whole.
 
         The rows' digest is not checked here (320 MB at ten million rows): a wrong row leads to a record that says
@@ -279,6 +279,15 @@ class AddressIndex:
         highs, lows = (np.frombuffer(body[at * count : (at + 8) * count], dtype=np.uint64) for at in (0, 8))
         table = _Table(highs, lows, np.frombuffer(body[16 * count :], dtype=PLACE))
         return _Segment(path, since, until, table, head[24:56])
+
+
+def damaged_segments(disk: Disk) -> Iterator[str]:
+    """Paths of segments that do not hold what they were written with; reads them all."""
+    index = AddressIndex(disk)
+    for name in disk.list(_FOLDER):
+        segment = index.mapped(f"{_FOLDER}/{name}")
+        if segment.until < 0 or segment.table.digest() != segment.digest:
+            yield segment.path
 
 
 def _addresses(rows: Rows, pack: int) -> _Table:

@@ -46,7 +46,7 @@ from him.types import PackFinished
 
 FOLDER: Final = "cold"
 PACKS: Final = "packs/"
-_RECEIPTS: Final = f"{FOLDER}/receipts"
+RECEIPTS: Final = f"{FOLDER}/receipts"
 _HOTNESS: Final = f"{FOLDER}/hotness"
 
 _Names = list[str]
@@ -145,7 +145,7 @@ class Mirror:
         self._mover = _Mover(self.push_all) if background and not read_only else None
         self._read_only = read_only
         self._account = Account(disk, self._recounted, read_only=read_only)
-        self._receipts = disk.open(_RECEIPTS, create=not read_only)
+        self._receipts = disk.open(RECEIPTS, create=not read_only)
         self._pins = Pins(disk, read_only=read_only)
         self._learn_receipts()
         if not read_only:
@@ -918,7 +918,7 @@ def receipts(disk: Disk) -> list[Receipt]:
     What is gone on this disk is still held until a line says that it is gone there too.
     """
     try:
-        file = disk.open(_RECEIPTS)
+        file = disk.open(RECEIPTS)
     except NotFoundError:
         return []
     try:
@@ -928,9 +928,26 @@ def receipts(disk: Disk) -> list[Receipt]:
         file.close()
 
 
+def receipt_lines(disk: Disk) -> Iterator[tuple[Receipt | None, int, bool]]:
+    """(receipt or None, where its line begins, whether the line has an end) of every line, in order: for fsck."""
+    try:
+        file = disk.open(RECEIPTS)
+    except NotFoundError:
+        return
+    try:
+        start = 0
+        for receipt, end in lines.read(file, 0, Receipt):
+            yield receipt, start, True
+            start = end
+        if start < file.size():
+            yield None, start, False
+    finally:
+        file.close()
+
+
 def keep_receipts(disk: Disk, known: Iterable[Receipt]) -> None:
     """Take receipts over that were given to another repository, in place of all that are here."""
-    disk.write_whole(_RECEIPTS, b"".join(map(lines.encode, known)))
+    disk.write_whole(RECEIPTS, b"".join(map(lines.encode, known)))
 
 
 def _parts(file: File, size: int) -> Iterator[bytes]:

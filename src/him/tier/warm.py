@@ -25,7 +25,15 @@ from him.config import (
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
 )
-from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, UnavailableError
+from him.errors import (
+    BusyError,
+    ConflictError,
+    HimError,
+    IntegrityError,
+    NotFoundError,
+    UnavailableError,
+    VersionError,
+)
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
@@ -225,8 +233,8 @@ class WarmStore:
             payload = self._pages.get(blob) or self._page(kind, BlobId(blob))
             try:
                 found = parse(payload)
-            except IntegrityError as error:
-                raise IntegrityError(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
+            except (IntegrityError, VersionError) as error:
+                raise type(error)(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
             self._parsed.put(blob, found, len(payload))
         return found
 
@@ -467,7 +475,8 @@ class WarmStore:
                     file = self.disk.open(name)
                 except NotFoundError:
                     continue
-                if not file.lock(wait=False):
+                head = file.read_at(0, layout.FILE_HEADER_BYTES)
+                if not file.lock(wait=False) or not layout.may_grow(head, self.repository_id):
                     file.close()
                     continue
                 end = growing[name][-1].end
