@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import him
 from him import doctor
+from him.adapters import isal
 from him.adapters.local import LocalDisk, SystemClock, SystemRng
 from him.adapters.minilm import MiniLmEncoder
 from him.adapters.npy import NpyFile
@@ -28,7 +29,9 @@ from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
 from him.adapters.rapidocr import RapidTextReader
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
+from him.care import CareHandle, shape_of
 from him.catalog import marker as marker_file
+from him.catalog import spare
 from him.catalog.files import examine
 from him.catalog.fsck import Fsck, FsckReport, unopened
 from him.catalog.garbage import Choice, Collected, Collector
@@ -69,6 +72,7 @@ from him.errors import (
 )
 from him.handle import Parts, SnapshotHandle, TierHandle, read_limited
 from him.ingest import Ingest, IngestReport, Progress
+from him.pack.galois import product
 from him.perception import parse_tree
 from him.ports import Clock, Disk, ObjectStore, Recorder, Rng, TextEncoder, TextReader
 from him.query import Answer, QuerySource, answer, plan
@@ -81,9 +85,11 @@ from him.replay import save as save_trace
 from him.replay.trace import faults as trace_faults
 from him.replay.trace import names as trace_names
 from him.replay.trace import new_trace
+from him.tier.care import Journal
 from him.tier.cold import Claim, newest
 from him.tier.cold import take_over as claim_tier
 from him.tier.mirror import Mirror, receipts
+from him.tier.protect import Parity
 from him.tier.settings import TIER, TierSettings, tier_settings
 from him.tier.warm import PACK_FOLDER, WarmStore
 from him.types import (
@@ -351,7 +357,13 @@ class Repository:
         self._projection = SqliteProjection(cache / "projection.sqlite" if cache else None)
         self._memo = SqliteMemo(cache / "memo.sqlite" if cache else None)
         self._mirror = _mirror(self._disk, clock, cold, read_only=self.read_only)
-        self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(self._repository_id), self._mirror)
+        self._journal = Journal(self._disk, clock, read_only=self.read_only)
+        mirror, own_id = self._mirror, bytes.fromhex(self._repository_id)
+        parity = Parity(
+            mirror or self._disk, isal.load() or product, own_id, lambda: self._history.finished_packs(), self._journal,
+            shape=shape_of(self._disk), write=mirror and mirror.put_back, drop=lambda name: self._store.let_go(name),
+        )  # fmt: skip
+        self._store = WarmStore(self._disk, self._projection, rng, own_id, mirror, journal=self._journal, parity=parity)
         writer = f"{platform.node()}:{os.getpid()}"
         self._history = History(
             self._log, self._projection, self._store, self._memo, clock, rng, writer, read_only=self.read_only
@@ -359,7 +371,7 @@ class Repository:
         self._history.refresh()
         check_owner(self._disk, marker, frozenset(self._projection.packs(0)))
         if self._mirror is not None:
-            self._mirror.watch(self._history.finished_packs, self._log.published)
+            self._mirror.watch(lambda: [*self._history.finished_packs(), *parity.files()], self._log.published)
         self._ingest = Ingest(self._history, self._store, self._memo, clock, reader, encoder)
         self._decoder = PillowDecoder()
         self._parts = Parts(self._store, self._memo, self._history, self._ingest, self._decoder, self.query)
@@ -376,7 +388,11 @@ class Repository:
 
     def close(self) -> None:
         """Release files and locks; what was acknowledged is durable already."""
+        if not self.read_only:
+            with contextlib.suppress(HimError):
+                spare.keep(self._disk, self._log)
         self._store.close()
+        self._journal.close()
         if self._mirror is not None:
             self._mirror.close()
         self._history.leases.close()
@@ -435,6 +451,13 @@ class Repository:
                 "the repository has no cold tier", fix="name one: `him tier set --cold PLACE --budget 10GB`"
             )
         return TierHandle(self._mirror, self._store, self._memo, self._history, self._clock)
+
+    @property
+    def care(self) -> CareHandle:
+        """Parity, scrubbing and healing."""
+        return CareHandle(
+            self._disk, self._store, self._history, self._projection, self._log, self._journal, self._clock
+        )
 
     # -- snapshots and names
 

@@ -64,6 +64,10 @@ class Place:
     def uncached(self) -> None:
         shutil.rmtree(self.root / "cache")
 
+    def spareless(self) -> None:
+        """Without the spare copy of the log."""
+        (self.root / "care/log").unlink()
+
     def other(self) -> Path:
         """Another repository."""
         other = self.folder / "other"
@@ -221,6 +225,7 @@ def cut_at_the_damage(place: Place) -> None:
     (place.root / "log/end").unlink()
     shutil.rmtree(place.root / "log/checkpoints")
     shutil.rmtree(place.root / "cache", ignore_errors=True)
+    assert not (place.root / "care/log").exists()
 
 
 def lost_log(place: Place) -> None:
@@ -335,7 +340,7 @@ MARKER = Finding("marker", "him.json", "him.json", "damaged|parse|missing", "fsc
 LIST = Finding("list", "packs/|list", r"packs/.* @ \d+", ".", "fsck --rebuild")
 RECORD = Finding("record", "^[0-9a-f]{64}$|^repository$", r"packs/.* @ \d+", "digest|header", "him heal")
 TILE = Finding("tile", "snp_", "packs|nowhere", ".", "him heal")
-LOG = Finding("log", "record|log", r"log/000001.log", ".", "put log/000001.log back")
+LOG = Finding("log", "record|log", r"log/000001.log", ".", "rebuild.*spare copy")
 CHECKPOINT = Finding("checkpoint", "checkpoint 120", "log/checkpoints", ".", "delete the file")
 CACHE = Finding("cache", ".", "cache/", ".", "rebuild.*delete the folder cache")
 PACK = Finding("pack", "packs/", "packs/", "missing", "him heal.*copy")
@@ -375,17 +380,17 @@ RECIPES: dict[str, Recipe] = {
     # the log
     "log: bit flipped before a checkpoint": Recipe(
         lambda p: p.file("log/000001.log").flip(5000),
-        (LOG._replace(fault="damaged; what it said before record 81 is taken from the checkpoint"),),
+        (LOG._replace(fault="damaged; what it said before record 81 is taken from the checkpoint"),), remedy=rebuild,
     ),
     "log: bit flipped in the last record, no caches": Recipe(
-        lambda p: (p.file("log/000001.log").flip(last_record(p) + 60), p.uncached()),
+        lambda p: (p.file("log/000001.log").flip(last_record(p) + 60), p.uncached(), p.spareless()),
         (LOG._replace(fix="cut log/000001.log"),), reads="none", remedy=cut_at_the_damage,
     ),
     "log: cut": Recipe(
-        lambda p: p.file("log/000001.log").cut(last_record(p) + 30), (LOG._replace(fault="cut short"),)
+        lambda p: p.file("log/000001.log").cut(last_record(p) + 30), (LOG._replace(fault="cut short"),), remedy=rebuild
     ),
     "log: cut, no caches": Recipe(
-        lambda p: (p.file("log/000001.log").cut(last_record(p) + 30), p.uncached()),
+        lambda p: (p.file("log/000001.log").cut(last_record(p) + 30), p.uncached(), p.spareless()),
         (LOG._replace(fault="cut short", fix="cut log/000001.log"),), reads="none", remedy=cut_at_the_damage,
     ),
     "log: removed": Recipe(
@@ -393,26 +398,35 @@ RECIPES: dict[str, Recipe] = {
         notes=(
             Finding("checkpoint", "checkpoint 120", "checkpoints", r"tells of \d+ snapshots, and of the names", ""),
             Finding("pack", "packs/", "packs/", r"\d+ records are sound", ""),
-        ), reads="none",
+        ), reads="none", remedy=rebuild,
     ),
     "log: removed, with a cold tier": Recipe(
-        delete("log/000001.log"), (LOG._replace(fault="missing", fix="him restore"),), reads="none", tiered=True
+        lambda p: (p.file("log/000001.log").path.unlink(), p.spareless()),
+        (LOG._replace(fault="missing", fix="him restore"),), reads="none", remedy=rebuild, tiered=True,
     ),
     "log: 4 KiB zeroed": Recipe(
-        lambda p: p.file("log/000001.log").zero(8192), (LOG._replace(fault="taken from the checkpoint"),)
+        lambda p: p.file("log/000001.log").zero(8192), (LOG._replace(fault="taken from the checkpoint"),),
+        remedy=rebuild,
     ),
     "log: blocks swapped": Recipe(
-        lambda p: p.file("log/000001.log").swap(4096, 12288), (LOG._replace(fault="taken from the checkpoint"),)
+        lambda p: p.file("log/000001.log").swap(4096, 12288), (LOG._replace(fault="taken from the checkpoint"),),
+        remedy=rebuild,
     ),
     "log: a block of a pack": Recipe(
-        lambda p: p.file("log/000001.log").put(8192, p.finished().data[:BLOCK]), (LOG._replace(fault="checkpoint"),)
+        lambda p: p.file("log/000001.log").put(8192, p.finished().data[:BLOCK]), (LOG._replace(fault="checkpoint"),),
+        remedy=rebuild,
     ),
     "log: nothing bridges the damage": Recipe(
         lost_log, (LOG,), notes=(Finding("log", "commit log", "log", r"first \d+ records are whole", ""),),
-        reads="none",
+        reads="none", remedy=rebuild,
     ),
     "log: an older copy": Recipe(
-        older_log, (Finding("log", "commit log", "checkpoints", "older copy", "newest copy"),), reads="older"
+        older_log, (Finding("log", "commit log", "checkpoints", "older copy", "rebuild.*newest copy"),), reads="older",
+        remedy=rebuild,
+    ),
+    "log: an older copy, nothing else tells": Recipe(
+        lambda p: (older_log(p), p.spareless()),
+        (Finding("log", "commit log", "checkpoints", "older copy", "newest copy"),), reads="older",
     ),
     "log: garbage behind": Recipe(lambda p: p.file("log/000001.log").append(b"HLOG" + bytes(500)), remedy=nothing),
     "log: another repository's": Recipe(

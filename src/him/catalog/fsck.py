@@ -137,6 +137,7 @@ class Fsck:
         for number, pack in enumerate(packs):
             self._progress(number, len(packs), pack.name)
             size += self._pack(pack)
+        self._parity()
         self._others({pack.name for pack in (told or live).packs})
         snapshots = self._history.snapshots()
         for number, found in enumerate(snapshots):
@@ -341,6 +342,14 @@ class Fsck:
         except (IntegrityError, VersionError):
             pass
         return False
+
+    def _parity(self) -> None:
+        if self._store.parity is not None:
+            for held in self._store.parity.groups():
+                for name in held.names:
+                    error = self._store.parity.check_file(name)
+                    if error is not None:
+                        self._fault(error, "parity", remedy.PARITY)
 
     def _others(self, named: set[str]) -> None:
         """Packs that the log does not name: of interrupted commits, of other repositories, or of a longer log."""

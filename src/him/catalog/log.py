@@ -16,7 +16,7 @@ import contextlib
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final, get_args
+from typing import Final, Protocol, get_args
 
 import msgspec
 from blake3 import blake3
@@ -336,7 +336,15 @@ def _checkpoint_path(seq: int) -> str:
     return f"{CHECKPOINT_FOLDER}/{seq:0{_NAME_DIGITS}d}"
 
 
-def _parse(file: File, offset: int, seq: int, before: bytes) -> tuple[bytes, bytes, int] | None:
+class Readable(Protocol):
+    """Bytes by place: a file, or the pieces of one."""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes; fewer at the end alone."""
+        ...
+
+
+def _parse(file: Readable, offset: int, seq: int, before: bytes) -> tuple[bytes, bytes, int] | None:
     """(body, hash, next offset) of the record `seq` that follows the hash `before`, or None."""
     head = file.read_at(offset, _HEAD.size)
     if len(head) < _HEAD.size:
@@ -403,6 +411,17 @@ def records_in(file: File) -> Iterator[tuple[int, bytes, bytes, int]]:
         body, before, offset = record
         seq += 1
         yield seq, before, body, offset
+
+
+def record_at(file: Readable, offset: int, seq: int, before: bytes) -> bytes:
+    """All bytes of the record `seq` that follows the hash `before`, as they stand at an offset; b"" when it is not."""
+    record = _parse(file, offset, seq, before)
+    return b"" if record is None else file.read_at(offset, record[2] - offset)
+
+
+def hash_of(record: bytes) -> bytes:
+    """The hash that the record after it names."""
+    return record[-_SIZE - _DIGEST : -_SIZE]
 
 
 def cut_short(file: File, offset: int) -> bool:

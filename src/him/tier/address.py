@@ -106,6 +106,8 @@ class AddressIndex:
         """Numbers of packs whose rows lead nowhere any more."""
         self.condemned: frozenset[int] = frozenset()
         """Numbers of packs that can be read and must not be relied on."""
+        self.lost: frozenset[int] = frozenset()
+        """Numbers of packs that are missing though they should be there: as those of `bad`, all they hold."""
         self.bad: frozenset[tuple[int, int]] = frozenset()
         """Packs' numbers and offsets of damaged records: found where there is no other, and never relied on."""
 
@@ -135,11 +137,18 @@ class AddressIndex:
 
     def find(self, blob: BlobId) -> Location | None:
         """Where the least deep record of a blob lies (of equally deep ones the newest), or None."""
-        found = self._found(blob, self.removed, self.bad)
-        return self._found(blob, self.removed) if found is None and self.bad else found
+        found = self._found(blob, self.removed | self.lost, self.bad)
+        return self._found(blob, self.removed) if found is None and (self.bad or self.lost) else found
 
     def _relied(self, blob: BlobId, avoid: Set[int] = frozenset()) -> Location | None:
-        return self._found(blob, self.removed | self.condemned | avoid, self.bad)
+        return self._found(blob, self._unreliable() | avoid, self.bad)
+
+    def doubtful(self) -> bool:
+        """Whether there is any record, or pack, that may not be relied on."""
+        return bool(self._unreliable() or self.bad)
+
+    def _unreliable(self) -> frozenset[int]:
+        return self.removed | self.condemned | self.lost
 
     def _found(self, blob: BlobId, avoid: Set[int], bad: Set[tuple[int, int]] = frozenset()) -> Location | None:
         found = self._tail.get(blob)
@@ -160,7 +169,7 @@ class AddressIndex:
         """Whether each blob is in no pack that may be relied on: for many blobs at once far cheaper than `find`."""
         if len(blobs) < _FEW:
             return [self._relied(blob) is None for blob in blobs]
-        tail, avoid, bad = self._tail, self.removed | self.condemned, self.bad
+        tail, avoid, bad = self._tail, self._unreliable(), self.bad
         absent = np.array(
             [(at := tail.get(blob)) is None or at.pack in avoid or at[:2] in bad for blob in blobs], dtype=np.bool_
         )

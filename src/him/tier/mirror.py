@@ -365,6 +365,40 @@ class Mirror:
             changed |= self.heal(path, offset, part)
         return changed
 
+    def check_copy(self, path: str, pace: Callable[[int], None]) -> None:
+        """Read a pack's copy in the cold tier through.
+
+        Raises:
+            IntegrityError: it is not there, or not as its receipt says.
+            UnavailableError: the cold tier does not answer.
+        """
+        receipt = self._held[path]
+        with self._asking():
+            if self._cold.size(path) != receipt.size:
+                raise IntegrityError("the cold tier does not hold a pack it was given", object=path, place=path)
+            if copies.digest_of(self._cold, path, receipt.size, pace) != receipt.digest:
+                raise IntegrityError("the cold tier does not give back what it was given", object=path, place=path)
+
+    def copy_again(self, path: str, parts: Iterable[memoryview] | None) -> None:
+        """Put a pack into the cold tier once more: from `parts`, or from what is here when all of it is.
+
+        Raises:
+            IntegrityError: not all of it is here, or it is not what the receipt says.
+            ConflictError, UnavailableError, StorageError: as `push`.
+        """
+        receipt, pack = self._held[path], self._packs[path]
+        if parts is None:
+            self._look_at_all()
+            if not pack.here.all():
+                raise IntegrityError("the only whole copy of a pack is lost", object=path, place=path)
+            parts = (memoryview(part) for part in _parts(self._file(pack), pack.size))
+        with self._asking(UnavailableError):
+            self.check_owner()
+            self._cold.upload(path, _of_digest(parts, receipt))
+            if copies.digest_of(self._cold, path, receipt.size) != receipt.digest:
+                raise IntegrityError("the cold tier gives back other bytes than it was given", object=path, place=path)
+            self._cold.put(copies.receipt_name(path), lines.encode(receipt))
+
     def forget(self, path: str) -> None:
         """A pack is gone, or about to go: nobody asks for it any more."""
         with self._lock:
@@ -920,3 +954,16 @@ def _parts(file: File, size: int) -> Iterator[bytes]:
     """A file's bytes, COLD_PART_BYTES at a time."""
     for start in range(0, size, COLD_PART_BYTES):
         yield file.read_at(start, min(COLD_PART_BYTES, size - start))
+
+
+def _of_digest(parts: Iterable[memoryview], receipt: Receipt) -> Iterator[memoryview]:
+    """The parts, as long as they make what the receipt says; before the last one is given that is certain."""
+    digest, last = blake3(), memoryview(b"")
+    for part in parts:
+        digest.update(part)
+        if last:
+            yield last
+        last = part
+    if digest.hexdigest() != receipt.digest:
+        raise IntegrityError("what is left of the pack is not what was copied", object=receipt.pack, place=receipt.pack)
+    yield last

@@ -25,7 +25,15 @@ from him.config import (
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
 )
-from him.errors import BusyError, HimError, IntegrityError, NotFoundError, UnavailableError, VersionError
+from him.errors import (
+    BusyError,
+    ConflictError,
+    HimError,
+    IntegrityError,
+    NotFoundError,
+    UnavailableError,
+    VersionError,
+)
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
@@ -82,7 +90,6 @@ class WarmStore:
         self._addresses_loaded = False
         self._addresses_sound = False
         self._salvaged = False
-        self._absent: set[str] = set()
         self._pending: dict[bytes, tuple[str, Location]] = {}
         self._writer: PackWriter | None = None
         self._ended: File | None = None
@@ -295,7 +302,7 @@ class WarmStore:
         """
         if self.missing([blob])[0]:
             return False
-        whole = not (self._addresses.removed or self._addresses.condemned)
+        whole = not self._addresses.doubtful()
         return whole or all(self.keeps(part) for part in self.made_of(blob))
 
     def put_prepared(self, tiles: Sequence[Prepared]) -> int:
@@ -388,6 +395,13 @@ class WarmStore:
         else:
             self._mirror.drop_here(name)
 
+    def let_go(self, name: str) -> None:
+        """Remove a parity file, here and from the cold tier; where that does not answer its copy stays."""
+        self.remove(name)
+        if self._mirror is not None and name in self.copies():
+            with suppress(UnavailableError, ConflictError):
+                self._mirror.drop(name)
+
     def copies(self) -> set[str]:
         """The packs that the cold tier holds, those among them that are gone here."""
         return set() if self._mirror is None else self._mirror.copies()
@@ -396,6 +410,27 @@ class WarmStore:
         """Copy finished packs, and the log up to its present end, to the cold tier. Raises as `Mirror.push_all`."""
         if self._mirror is not None:
             self._mirror.push_all()
+
+    def check_copy(self, name: str, pace: Callable[[int], None], *, mend: bool) -> Iterator[HimError]:
+        """What is wrong with a pack's copy in the cold tier, if it is to be there; with `mend` it is copied again.
+
+        Args:
+            pace: told of every part that was read.
+        """
+        if self._mirror is None or not self._mirror.holds(name):
+            return
+        try:
+            self._mirror.check_copy(name, pace)
+        except IntegrityError as error:
+            yield error
+            if mend:
+                parts = None if self.parity is None or not self.parity.protects(name) else self.parity.chunks(name)
+                try:
+                    self._mirror.copy_again(name, None if parts is None else (chunk.data for chunk in parts))
+                except HimError as again:
+                    yield again
+        except HimError as error:
+            yield error
 
     def remove_copy(self, name: str) -> None:
         """Remove a pack that is gone from the cold tier. Raises as `Mirror.drop`."""
@@ -632,8 +667,11 @@ class WarmStore:
                     return self._pending[blob]
                 found = self._find(blob)
             if found is None:
-                place = ", ".join(sorted(self._absent)) or PACK_FOLDER
-                raise IntegrityError("a blob that is referred to is missing", object=blob.hex(), place=place)
+                # In one of the packs that are gone, if any is.
+                lost = ", ".join(self._names[number] for number in sorted(self._addresses.lost))
+                raise IntegrityError(
+                    "a blob that is referred to is missing", object=blob.hex(), place=lost or PACK_FOLDER
+                )
         return self._names[found.pack], found
 
     def _find(self, blob: BlobId) -> Location | None:
@@ -730,10 +768,10 @@ class WarmStore:
 
     def _learn_quarantined(self) -> None:
         if self._journal is not None:
-            held = self._journal.quarantined()
-            self._addresses.bad = frozenset(
-                (self._numbers[name], offset) for name, offset in held if name in self._numbers
-            )
+            held = [key for key in self._journal.quarantined() if key[0] in self._numbers]
+            self._addresses.bad = frozenset((self._numbers[name], offset) for name, offset in held if offset)
+            # No record begins a pack: there it says that all of it is gone.
+            self._addresses.lost = frozenset(self._numbers[name] for name, offset in held if not offset)
 
     def _caught_up(self) -> bool:
         """Learn what the projection knows already; whether that was anything."""
@@ -836,10 +874,8 @@ class WarmStore:
         except IntegrityError:
             if not salvage:
                 raise
-            # What lies in other packs can be read all the same.
             self._salvaged = True
-            self._absent.add(named.pack)
-            return layout.rows_of([])
+            return layout.rows_of([])  # Others can still be read, and what it held be put again.
         ranged = isinstance(named, PackRange)
         try:
             for again in (True, False):
@@ -930,6 +966,10 @@ class WarmStore:
         except NotFoundError as error:
             if self.mend(name):
                 return self.disk.open(name)
+            if self._journal is not None and name not in self._condemned:
+                with suppress(HimError):
+                    self._journal.add("quarantined", name, 0, 1, why="the pack is missing")
+                self._learn_quarantined()
             raise IntegrityError("a pack is missing", place=name) from error
 
 
