@@ -19,7 +19,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 import him
-from him import doctor
+from him import doctor, selftest
 from him.adapters import isal
 from him.adapters.local import LocalDisk, SystemClock, SystemRng
 from him.adapters.minilm import MiniLmEncoder
@@ -28,7 +28,7 @@ from him.adapters.objects import open_store
 from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
 from him.adapters.rapidocr import RapidTextReader
-from him.adapters.sqlite import SqliteMemo, SqliteProjection
+from him.adapters.sqlite import SqliteMemo, SqliteProjection, wal_fault
 from him.care import CareHandle, shape_of
 from him.catalog import marker as marker_file
 from him.catalog import spare
@@ -36,14 +36,14 @@ from him.catalog.files import examine
 from him.catalog.fsck import Fsck, FsckReport, unopened
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import TAG, History, new_ulid
-from him.catalog.log import LOG_PATH, FileLog
+from him.catalog.log import FileLog
 from him.catalog.marker import MARKER, MARKER_BYTES_MAX, Marker
 from him.catalog.mend import mend
 from him.catalog.reader import CRITICAL, SnapshotReader
 from him.catalog.restore import Restored
 from him.catalog.restore import restore as restore_log
 from him.catalog.retention import HOLD
-from him.catalog.salvage import check_owner, marker_bytes
+from him.catalog.salvage import RESTORING, check_owner, marker_bytes, unmarked
 from him.catalog.stats import Stats, measure
 from him.catalog.transfer import Side, TransferReport, transfer
 from him.config import (
@@ -111,10 +111,6 @@ _SAMPLES_KEPT: Final = 64
 _SAMPLES_NEEDED: Final = 20
 
 
-RESTORING: Final = "restoring.json"
-"""Holds the marker of a repository that is being restored into the folder."""
-
-
 def open(
     path: str | os.PathLike[str],
     *,
@@ -139,12 +135,14 @@ def open(
         ConflictError: `create`, and the folder holds something else.
         VersionError: written by a newer format.
         IntegrityError: its commit log is damaged.
+        MissingPartError: the self-test failed; nothing was touched.
     """
+    selftest.ensure()
     root = Path(path)
     clock, rng = clock or SystemClock(), rng or SystemRng()
     if not (root / MARKER).is_file():
         if not create:
-            raise _unmarked(root)
+            raise unmarked(LocalDisk(root), str(root))
         _create(root, disk or LocalDisk(root), clock, rng)
     return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder(), disk, cold)
 
@@ -185,8 +183,9 @@ def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Prog
     Raises:
         NotFoundError: no repository there. VersionError: written by newer software.
     """
+    selftest.ensure()
     root = Path(path)
-    if not (root / MARKER).is_file() and not isinstance(error := _unmarked(root), IntegrityError):
+    if not (root / MARKER).is_file() and not isinstance(error := unmarked(LocalDisk(root), str(root)), IntegrityError):
         raise error
     disk = LocalDisk(root, read_only=not os.access(root, os.W_OK))
     mended = mend(disk, lambda tier: open_store(tier.cold), SystemRng()) if rebuild else []
@@ -277,16 +276,6 @@ def _check_budget(budget_bytes: int) -> None:
         raise UsageError(
             f"a warm budget of {budget_bytes} bytes is too small", fix=f"give at least {WARM_BUDGET_BYTES_LEAST}"
         )
-
-
-def _unmarked(root: Path) -> HimError:
-    """Why a folder without him.json is no repository: it lost it, a restore was interrupted, or it never was one."""
-    if (root / RESTORING).is_file():
-        return ConflictError("a restore was interrupted", object=str(root), fix="run `him restore` again: it goes on")
-    log = root / LOG_PATH
-    if log.is_file() and (log.stat().st_size or any((root / PACK_FOLDER).glob("*.pack"))):
-        return IntegrityError(f"{MARKER} is missing", object=MARKER, place=MARKER, fix=marker_file.REWRITE)
-    return NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
 
 
 def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
@@ -841,7 +830,8 @@ class Repository:
 
     def doctor(self) -> list[dict[str, object]]:
         """Checks of the machine and the installation: check, ok, detail, fix."""
-        return doctor.examine(self.path, self._disk, self._clock, self._encoder, self._text_reader)
+        found = doctor.examine(self.path, self._disk, self._clock, self._encoder, self._text_reader)
+        return [*found, doctor.sqlite(None if self.read_only else wal_fault(self.path / "cache/doctor.sqlite"))]
 
     def stored_bytes(self) -> int:
         """Bytes this object appended to packs."""
