@@ -112,7 +112,9 @@ STAGES: dict[str, Stage] = {
     "put a picture": lambda repo, _: repo.writable("main").put_image(
         picture(600, 900, {(10, 10): "Cancel"}, noise=3), "noisy"
     ),
-    "branch": lambda repo, _: [repo.branch(f"b{number}", source="main") for number in range(200)],
+    "branch": lambda repo, _: [
+        repo.branch(f"b{number}", source="main") for number in range(300) if f"b{number}" not in repo.refs()
+    ],
     "seal": lambda repo, _: (
         repo.writable("main").put_image(picture(540, 600, {}, noise=9), "s"),
         repo.snapshot("main").seal(),
