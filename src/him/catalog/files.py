@@ -23,7 +23,7 @@ from him.tier.settings import TIER, tier_settings
 from him.types import Fault
 
 _KNOWN: Final = {
-    "": {MARKER, TIER, "restoring.json", "log", "packs", "leases", "spool", "cache", "cold", "care"},
+    "": {MARKER, TIER, "restoring.json", "log", "packs", "leases", "spool", "cache", "cold", "care", "parity.json"},
     "log": {LOG_PATH.partition("/")[2], END_PATH.partition("/")[2], TURN_PATH.partition("/")[2], "checkpoints"},
     "cold": {"account", "pins", "receipts", "hotness", "log"},
 }

@@ -225,17 +225,15 @@ class Fsck:
     def _pack(self, pack: PackState) -> int:
         """Check all that belongs to a pack, once more after it was put right; its size in bytes."""
         try:
-            file = self._disk.open(pack.name)
+            file = self._opened(pack.name)
         except HimError:
             error = IntegrityError("a pack is missing", object=pack.name, place=pack.name)
             self._fault(error, "pack", remedy.PACK)
             return 0
         try:
             errors = self._checked(file, pack)
-            if errors and self._store.mend(pack.name):
+            if errors and self._mended(pack.name):
                 errors = self._checked(file, pack)
-                text = "it was damaged, and is as in the cold tier again"
-                self._note(Fault(pack.name, pack.name, text, "nothing: it was mended", "pack"))
             if errors:
                 errors = self._relisted(file, pack, errors)
             for error in errors:
@@ -243,6 +241,22 @@ class Fsck:
             return file.size()
         finally:
             file.close()
+
+    def _opened(self, name: str) -> File:
+        try:
+            return self._disk.open(name)
+        except NotFoundError:
+            if not self._mended(name):
+                raise
+            return self._disk.open(name)
+
+    def _mended(self, name: str) -> bool:
+        """Put a pack right by parity or the cold tier, if these have it; whether that changed anything."""
+        if not self._store.mend(name):
+            return False
+        text = "it was damaged, and was made again by parity or the cold tier"
+        self._note(Fault(name, name, text, "nothing: it was mended", "pack"))
+        return True
 
     def _checked(self, file: File, pack: PackState) -> list[HimError]:
         """Every fault of a pack."""
