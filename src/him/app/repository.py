@@ -549,6 +549,8 @@ class Repository:
             with contextlib.suppress(IntegrityError):
                 self._history.rebuild()
             self._store.forget_addresses()
+        with contextlib.suppress(HimError):
+            self._store.refresh()  # Which puts right what it finds in caches.
         beside = examine(self._disk)
         beside.faults.extend(fault for spool in self._spools for fault in trace_faults(spool))
         return Fsck(

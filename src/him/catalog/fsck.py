@@ -137,6 +137,7 @@ class Fsck:
         for number, pack in enumerate(packs):
             self._progress(number, len(packs), pack.name)
             size += self._pack(pack)
+        self._parity()
         self._others({pack.name for pack in (told or live).packs})
         snapshots = self._history.snapshots()
         for number, found in enumerate(snapshots):
@@ -232,12 +233,18 @@ class Fsck:
             return 0
         try:
             errors = self._checked(file, pack)
-            if errors and self._mended(pack.name):
-                errors = self._checked(file, pack)
+            if errors:
+                # Reading what is made of a damaged record may have mended it meanwhile: so look again in any case.
+                self._store.mend(pack.name)
+                before, errors = len(errors), self._checked(file, pack)
+                if len(errors) < before:
+                    self._note_mended(pack.name)
             if errors:
                 errors = self._relisted(file, pack, errors)
+            # Only what the cold tier holds was ever freed here.
+            freed = self._store.tiered and self._store.resident(pack.name) is None and len(file.data_runs()) != 1
             for error in errors:
-                self._pack_fault(error, pack.name)
+                self._pack_fault(error, pack.name, remedy.RECEIPTS if freed else remedy.HEAL)
             return file.size()
         finally:
             file.close()
@@ -246,17 +253,14 @@ class Fsck:
         try:
             return self._disk.open(name)
         except NotFoundError:
-            if not self._mended(name):
+            if not self._store.mend(name):
                 raise
+            self._note_mended(name)
             return self._disk.open(name)
 
-    def _mended(self, name: str) -> bool:
-        """Put a pack right by parity or the cold tier, if these have it; whether that changed anything."""
-        if not self._store.mend(name):
-            return False
-        text = "it was damaged, and was made again by parity or the cold tier"
+    def _note_mended(self, name: str) -> None:
+        text = "it was damaged, and was mended from the cold tier or from parity"
         self._note(Fault(name, name, text, "nothing: it was mended", "pack"))
-        return True
 
     def _checked(self, file: File, pack: PackState) -> list[HimError]:
         """Every fault of a pack."""
@@ -284,10 +288,10 @@ class Fsck:
         lists = [error for error in errors if (error.object, error.place, error.message) not in kept]
         written = bool(lists) and self._rebuild and self._written(file, pack.name, wanted)
         for error in lists:
-            named = error.object if error.object in ("", pack.name) else f"a list ({error.object[:12]}…)"
+            named = pack.name if error.object in ("", pack.name) else f"a list ({error.object[:12]}…)"
             if written:
                 text = f"{error.message}: it was written again"
-                self._note(Fault(named or pack.name, error.place, text, "nothing: it was mended", "list"))
+                self._note(Fault(named, error.place, text, "nothing: it was mended", "list"))
             else:
                 self._fault(IntegrityError(error.message, object=named, place=error.place), "list", remedy.RELIST)
         return left
@@ -305,13 +309,13 @@ class Fsck:
             return False
         return True
 
-    def _pack_fault(self, error: HimError, pack: str) -> None:
+    def _pack_fault(self, error: HimError, pack: str, fix: str) -> None:
         if isinstance(error, VersionError):
             self._fault(error, "version", remedy.NEWER)
         elif error.object == pack and error.place == f"{pack} @ 0":
             self._fault(error, "pack", remedy.FOREIGN_PACK)
         else:
-            self._fault(error, "record" if error.object != pack else "pack", remedy.HEAL)
+            self._fault(error, "record" if error.object != pack else "pack", fix)
 
     def _content(self, found: layout.Record, place: str) -> HimError | None:
         """Whether the stored bytes decode to what the blob_id names, and whether the addresses know of them."""
@@ -350,6 +354,14 @@ class Fsck:
         except (IntegrityError, VersionError):
             pass
         return False
+
+    def _parity(self) -> None:
+        if self._store.parity is not None:
+            for held in self._store.parity.groups():
+                for name in held.names:
+                    error = self._store.parity.check_file(name)
+                    if error is not None:
+                        self._fault(error, "parity", remedy.PARITY)
 
     def _others(self, named: set[str]) -> None:
         """Packs that the log does not name: of interrupted commits, of other repositories, or of a longer log."""

@@ -270,7 +270,7 @@ class FileLog:
         while at > seq:
             size = int.from_bytes(self._file.read_at(offset - _SIZE, _SIZE), "little")
             if not _LEAST <= size <= offset:
-                raise _damaged(at, offset)
+                raise self._broken(at, offset)
             at, offset = at - 1, offset - size
         return offset
 
