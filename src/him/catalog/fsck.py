@@ -226,7 +226,7 @@ class Fsck:
     def _pack(self, pack: PackState) -> int:
         """Check all that belongs to a pack, once more after it was put right; its size in bytes."""
         try:
-            file = self._disk.open(pack.name)
+            file = self._opened(pack.name)
         except HimError:
             error = IntegrityError("a pack is missing", object=pack.name, place=pack.name)
             self._fault(error, "pack", remedy.PACK)
@@ -238,8 +238,7 @@ class Fsck:
                 self._store.mend(pack.name)
                 before, errors = len(errors), self._checked(file, pack)
                 if len(errors) < before:
-                    text = "it was damaged, and was mended from the cold tier or from parity"
-                    self._note(Fault(pack.name, pack.name, text, "nothing: it was mended", "pack"))
+                    self._note_mended(pack.name)
             if errors:
                 errors = self._relisted(file, pack, errors)
             # Only what the cold tier holds was ever freed here.
@@ -249,6 +248,19 @@ class Fsck:
             return file.size()
         finally:
             file.close()
+
+    def _opened(self, name: str) -> File:
+        try:
+            return self._disk.open(name)
+        except NotFoundError:
+            if not self._store.mend(name):
+                raise
+            self._note_mended(name)
+            return self._disk.open(name)
+
+    def _note_mended(self, name: str) -> None:
+        text = "it was damaged, and was mended from the cold tier or from parity"
+        self._note(Fault(name, name, text, "nothing: it was mended", "pack"))
 
     def _checked(self, file: File, pack: PackState) -> list[HimError]:
         """Every fault of a pack."""

@@ -419,6 +419,20 @@ def record_at(file: Readable, offset: int, seq: int, before: bytes) -> bytes:
     return b"" if record is None else file.read_at(offset, record[2] - offset)
 
 
+def published_mark(disk: Disk) -> Mark | None:
+    """Where the log was published up to, as the end file says; None when that is damaged, or missing."""
+    try:
+        file = disk.open(END_PATH)
+    except NotFoundError:
+        return None
+    try:
+        data = file.read_at(0, END_BYTES)
+    finally:
+        file.close()
+    whole = len(data) == END_BYTES and blake3(data[: _END.size]).digest() == data[_END.size :]
+    return Mark(*_END.unpack(data[: _END.size])) if whole else None
+
+
 def hash_of(record: bytes) -> bytes:
     """The hash that the record after it names."""
     return record[-_SIZE - _DIGEST : -_SIZE]

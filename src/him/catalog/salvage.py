@@ -9,7 +9,7 @@ from him.catalog.log import CHECKPOINT_FOLDER, LOG_PATH, parsed, records_in
 from him.catalog.marker import MARKER, MARKER_BYTES_MAX, REWRITE, Marker, needed_format
 from him.catalog.marker import parsed as parsed_marker
 from him.config import CHECKPOINT_BYTES_MAX
-from him.errors import ConflictError, HimError, IntegrityError, NotFoundError
+from him.errors import HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack.file import walk
 from him.ports import Disk
@@ -34,6 +34,8 @@ class LogFacts(NamedTuple):
     """The lowest in which there may be such records."""
     first_ns: int
     """Time of the first one; 0 without any."""
+    broken: bool = False
+    """Whether the file is missing, or goes on with something else."""
 
 
 def log_facts(disk: Disk) -> LogFacts:
@@ -41,7 +43,7 @@ def log_facts(disk: Disk) -> LogFacts:
     try:
         file = disk.open(LOG_PATH)
     except NotFoundError:
-        return LogFacts(0, 0, frozenset(), 1, 0)
+        return LogFacts(0, 0, frozenset(), 1, 0, broken=True)
     packs, needed, first, records, end = set[str](), 1, 0, 0, 0
     try:
         for seq, _, body, after in records_in(file):
@@ -50,9 +52,9 @@ def log_facts(disk: Disk) -> LogFacts:
             packs.update(named.pack for named in record.operations if isinstance(named, PackRange))
             needed = max(needed, needed_format(record.operations))
             first = first or record.time_ns
+        return LogFacts(records, end, frozenset(packs), needed, first, broken=file.size() > end)
     finally:
         file.close()
-    return LogFacts(records, end, frozenset(packs), needed, first)
 
 
 def owners(disk: Disk) -> Iterator[tuple[str, bytes]]:
@@ -86,15 +88,6 @@ def check_owner(disk: Disk, marker: Marker, packs: frozenset[str]) -> None:
         others |= path in packs
     if others:
         raise IntegrityError(f"{MARKER} is another repository's", object=MARKER, place=MARKER, fix=REWRITE)
-
-
-def unmarked(disk: Disk, place: str) -> HimError:
-    """Why a folder without him.json is no repository: it lost it, a restore was interrupted, or it never was one."""
-    if RESTORING in disk.list(""):
-        return ConflictError("a restore was interrupted", object=place, fix="run `him restore` again: it goes on")
-    if any(name.endswith(_SUFFIX) for name in disk.list(PACK_FOLDER)) or log_facts(disk).records:
-        return IntegrityError(f"{MARKER} is missing", object=MARKER, place=MARKER, fix=REWRITE)
-    return NotFoundError(f"no repository at {place}", object=place, fix=f"make one with `him init {place}`")
 
 
 def marker_bytes(disk: Disk) -> bytes:
