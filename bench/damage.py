@@ -45,6 +45,7 @@ HARMLESS = {
     "cold/hotness": "only says what to free first",
     "cold/log": "only says where the log's copy ended when it was last looked at",
     "cold/account": "counted again",
+    "care/log": "a copy that lags behind: what it lacks is added at the next closing",
     "log/turn": "empty: only its lock counts",
     "log/end": "found again in the log",
     "leases": "a dead process's: the next collection removes it",

@@ -456,6 +456,11 @@ RECIPES: dict[str, Recipe] = {
     "end: an older one": Recipe(
         lambda p: p.file("log/end").path.write_bytes((GOLDEN / "v1/repository/log/end").read_bytes()), remedy=nothing
     ),
+    "spare copy: bit flipped": Recipe(
+        lambda p: p.file("care/log").flip(5000),
+        (Finding("log", "spare copy", "care/log @", "damaged", "delete the file"),), remedy=delete("care/log"),
+    ),
+    "spare copy: cut": Recipe(lambda p: p.file("care/log").cut(5000), remedy=nothing),
     "turn: garbage": Recipe(lambda p: p.file("log/turn").path.write_bytes(b"garbage"), remedy=nothing),
     # checkpoints
     "checkpoint: bit flipped": Recipe(

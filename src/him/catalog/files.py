@@ -4,13 +4,14 @@ Nothing is opened but files, so that it can be asked of a repository that does n
 opening would mend.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from blake3 import blake3
 
 from him.catalog import lease, remedy
-from him.catalog.log import CHECKPOINT_FOLDER, END_BYTES, END_PATH, LOG_PATH, TURN_PATH
+from him.catalog.log import CHECKPOINT_FOLDER, END_BYTES, END_PATH, LOG_PATH, TURN_PATH, cut_short, records_in
 from him.catalog.marker import MARKER, parsed
 from him.catalog.salvage import RESTORING, marker_bytes
 from him.catalog.spare import SPARE
@@ -89,18 +90,30 @@ def _end(disk: Disk) -> _Findings:
 
 
 def _spare(disk: Disk) -> _Findings:
-    """The log is never shorter than its copy, unless it was cut or is an older one."""
-    sizes: list[int] = []
-    for path in (LOG_PATH, SPARE):
-        try:
-            file = disk.open(path)
-        except NotFoundError:
+    """The log is never shorter than its copy, unless it was cut or is an older one; the copy has whole records."""
+    try:
+        spare = disk.open(SPARE)
+    except NotFoundError:
+        return
+    try:
+        size = spare.size()
+        last = deque(records_in(spare), maxlen=1)
+        end = last[0][3] if last else 0
+        # One that ends in the middle of a record only lags behind.
+        if end < size and not cut_short(spare, end):
+            text = "the spare copy of the log is damaged"
+            yield Fault("spare copy of the log", f"{SPARE} @ {end}", text, remedy.SPARE, "log"), True
             return
-        sizes.append(file.size())
-        file.close()
-    if sizes[0] < sizes[1]:
+    finally:
+        spare.close()
+    try:
+        log = disk.open(LOG_PATH)
+    except NotFoundError:
+        return
+    if log.size() < size:
         text = "it is shorter than its spare copy: it was cut, or is an older one"
         yield Fault("commit log", LOG_PATH, text, remedy.OLDER_LOG, "log"), True
+    log.close()
 
 
 def _tier(disk: Disk) -> _Findings:

@@ -24,6 +24,7 @@ LEFT_OVER: Final = "delete the file"
 ORPHAN: Final = "nothing to do: `him gc` removes it, unless a writer names it first"
 FOREIGN_FILE: Final = "move it away: nothing reads it"
 _SPARE: Final = "run `him fsck --rebuild`, which mends it from its spare copy or the cold tier, where these have it"
+SPARE: Final = "delete the file: it is made again when the repository is closed"
 BRIDGED: Final = f"{_SPARE}; what stands now is whole, `him log` alone lacks what was before"
 BY_CACHE: Final = (
     f"{_SPARE}; else keep the folder cache, by which alone it opens, and copy the repository with `him clone`, or put "
