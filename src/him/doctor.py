@@ -10,6 +10,7 @@ import numpy as np
 
 from him.errors import HimError
 from him.ports import Clock, Disk, TextEncoder, TextReader
+from him.selftest import LONG, QUICK, failures
 
 _PROBE: Final = "cache/doctor.probe"
 _SYNCS: Final = 20
@@ -30,12 +31,25 @@ def examine(root: Path, disk: Disk, clock: Clock, encoder: TextEncoder, reader: 
     """All checks, each {"check", "ok", "detail", "fix"}; none changes the repository."""
     return [
         _python(), _space(root), *_file_system(disk, clock), _holes(root, disk), _clock(clock), _text_model(encoder),
-        _reader(reader),
+        _reader(reader), _known_answers(),
     ]  # fmt: skip
 
 
 def _check(name: str, ok: bool, detail: str, fix: str = "") -> Check:
     return {"check": name, "ok": ok, "detail": detail, "fix": "" if ok else fix}
+
+
+def sqlite(fault: str | None) -> Check:
+    """What trying SQLite's write-ahead log on this disk came to; None: nothing can be written here."""
+    detail = fault or ("not tried: the repository is read-only" if fault is None else "a write-ahead log works")
+    return _check("sqlite", not fault, detail, "keep the repository on a local file system")
+
+
+def _known_answers() -> Check:
+    """The self-test, with its longer set (design/013)."""
+    wrong = [*failures(), *failures(LONG)]
+    count = len(QUICK) + len(LONG)
+    return _check("self-test", not wrong, "; ".join(wrong) or f"{count} known answers", "install him again")
 
 
 def _python() -> Check:

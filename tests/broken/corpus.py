@@ -398,11 +398,11 @@ RECIPES: dict[str, Recipe] = {
         notes=(
             Finding("checkpoint", "checkpoint 120", "checkpoints", r"tells of \d+ snapshots, and of the names", ""),
             Finding("pack", "packs/", "packs/", r"\d+ records are sound", ""),
-        ), reads="none", remedy=rebuild,
+        ), remedy=rebuild,
     ),
     "log: removed, with a cold tier": Recipe(
         lambda p: (p.file("log/000001.log").path.unlink(), p.spareless()),
-        (LOG._replace(fault="missing", fix="him restore"),), reads="none", remedy=rebuild, tiered=True,
+        (LOG._replace(fault="missing", fix="him restore"),), remedy=rebuild, tiered=True,
     ),
     "log: 4 KiB zeroed": Recipe(
         lambda p: p.file("log/000001.log").zero(8192), (LOG._replace(fault="taken from the checkpoint"),),
@@ -418,7 +418,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "log: nothing bridges the damage": Recipe(
         lost_log, (LOG,), notes=(Finding("log", "commit log", "log", r"first \d+ records are whole", ""),),
-        reads="none", remedy=rebuild,
+        remedy=rebuild,
     ),
     "log: an older copy": Recipe(
         older_log, (Finding("log", "commit log", "checkpoints", "older copy", "rebuild.*newest copy"),), reads="older",

@@ -125,6 +125,25 @@ def _ensure_schema(connection: sqlite3.Connection, schema: str) -> None:
     connection.execute("COMMIT")
 
 
+def wal_fault(path: Path) -> str:
+    """What keeps a database with a write-ahead log from working in that place; empty when it works. Leaves nothing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        connection = sqlite3.connect(path, isolation_level=None)
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            connection.execute("CREATE TABLE probe (key BLOB PRIMARY KEY, value INTEGER) WITHOUT ROWID")
+            connection.execute("INSERT INTO probe VALUES (?, 1)", (b"\0\xff",))
+            connection.execute("INSERT INTO probe VALUES (?, 2) ON CONFLICT DO UPDATE SET value = 3", (b"\0\xff",))
+            found = connection.execute("SELECT key, value FROM probe").fetchall()
+        finally:
+            connection.close()
+            _remove(path)
+    except (OSError, sqlite3.Error) as error:
+        return f"SQLite fails ({error})"
+    return "" if (mode, found) == ("wal", [(b"\0\xff", 3)]) else f"journal mode {mode}, rows {found}"
+
+
 class SqliteProjection:
     """`ports.Projection`; `path` None keeps it in memory (read-only repositories)."""
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import msgspec
 
+from him import selftest
 from him.adapters.local import LocalDisk, SystemClock, SystemRng
 from him.adapters.minilm import MiniLmEncoder
 from him.adapters.objects import open_store
 from him.adapters.rapidocr import RapidTextReader
-from him.app.folder import RESTORING, left_by_restore, unmarked
 from him.app.folder import create as make
+from him.app.folder import left_by_restore
 from him.app.repository import Repository, check_budget
 from him.catalog import marker as marker_file
 from him.catalog import spare
@@ -25,6 +26,7 @@ from him.catalog.marker import MARKER, MARKER_BYTES_MAX
 from him.catalog.mend import mend
 from him.catalog.restore import Restored
 from him.catalog.restore import restore as restore_log
+from him.catalog.salvage import RESTORING, unmarked
 from him.catalog.transfer import TransferReport
 from him.config import (
     RESTORE_BUDGET_BYTES,
@@ -70,12 +72,14 @@ def open(
         ConflictError: `create`, and the folder holds something else.
         VersionError: written by a newer format.
         IntegrityError: its commit log is damaged.
+        MissingPartError: the self-test failed; nothing was touched.
     """
+    selftest.ensure()
     root = Path(path)
     clock, rng = clock or SystemClock(), rng or SystemRng()
     if not (root / MARKER).is_file():
         if not create:
-            raise unmarked(root)
+            raise unmarked(LocalDisk(root), str(root))
         make(root, disk or LocalDisk(root), clock, rng)
     read, encode = reader or RapidTextReader(), encoder or MiniLmEncoder()
     try:
@@ -136,14 +140,16 @@ def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Prog
     Raises:
         NotFoundError: no repository there. VersionError: written by newer software.
     """
+    selftest.ensure()
     root = Path(path)
-    if not (root / MARKER).is_file() and not isinstance(error := unmarked(root), IntegrityError):
+    if not (root / MARKER).is_file() and not isinstance(error := unmarked(LocalDisk(root), str(root)), IntegrityError):
         raise error
     disk = LocalDisk(root, read_only=not os.access(root, os.W_OK))
     mended = mend(disk, lambda tier: open_store(tier.cold), SystemRng()) if rebuild else []
     before = examine(disk)
     try:
-        repository = open(path)
+        # Not `open`, which would mend the log: a check only tells.
+        repository = Repository(root, SystemClock(), SystemRng(), RapidTextReader(), MiniLmEncoder())
     except IntegrityError as error:
         return unopened(disk, before, error)
     with repository:
@@ -159,7 +165,7 @@ def heal(path: str | os.PathLike[str], *, progress: Progress | None = None) -> H
         BusyError: another process scrubs it.
     """
     root = Path(path)
-    if not (root / MARKER).is_file() and not isinstance(error := unmarked(root), IntegrityError):
+    if not (root / MARKER).is_file() and not isinstance(error := unmarked(LocalDisk(root), str(root)), IntegrityError):
         raise error
     mended = mend(LocalDisk(root), lambda tier: open_store(tier.cold), SystemRng())
     with open(path) as repository:

@@ -21,8 +21,7 @@ from him.adapters.npy import NpyFile
 from him.adapters.objects import open_store
 from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
-from him.adapters.sqlite import SqliteMemo, SqliteProjection
-from him.app.folder import unmarked
+from him.adapters.sqlite import SqliteMemo, SqliteProjection, wal_fault
 from him.care import CareHandle, shape_of
 from him.catalog import marker as marker_file
 from him.catalog import spare
@@ -34,7 +33,7 @@ from him.catalog.log import FileLog
 from him.catalog.marker import MARKER, MARKER_BYTES_MAX, Marker
 from him.catalog.reader import CRITICAL, SnapshotReader
 from him.catalog.retention import HOLD
-from him.catalog.salvage import check_owner, marker_bytes
+from him.catalog.salvage import check_owner, marker_bytes, unmarked
 from him.catalog.stats import Stats, measure
 from him.catalog.transfer import Side, TransferReport, transfer
 from him.config import (
@@ -640,7 +639,8 @@ class Repository:
 
     def doctor(self) -> list[dict[str, object]]:
         """Checks of the machine and the installation: check, ok, detail, fix."""
-        return doctor.examine(self.path, self._disk, self._clock, self._encoder, self._text_reader)
+        found = doctor.examine(self.path, self._disk, self._clock, self._encoder, self._text_reader)
+        return [*found, doctor.sqlite(None if self.read_only else wal_fault(self.path / "cache/doctor.sqlite"))]
 
     def stored_bytes(self) -> int:
         """Bytes this object appended to packs."""
@@ -658,7 +658,7 @@ class Repository:
         if path.exists() and path.samefile(self.path):
             raise UsageError("both sides are one repository", object=str(path), fix="name another folder")
         if not (path / MARKER).is_file():
-            raise unmarked(path)
+            raise unmarked(LocalDisk(path), str(path))
         return Repository(path, self._clock, self._rng, self._text_reader, self._encoder)
 
     def _side(self, *, write: bool = False) -> Side:

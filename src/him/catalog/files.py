@@ -12,7 +12,7 @@ from blake3 import blake3
 from him.catalog import lease, remedy
 from him.catalog.log import CHECKPOINT_FOLDER, END_BYTES, END_PATH, LOG_PATH, TURN_PATH
 from him.catalog.marker import MARKER, parsed
-from him.catalog.salvage import marker_bytes
+from him.catalog.salvage import RESTORING, marker_bytes
 from him.catalog.spare import SPARE
 from him.config import PINS_BYTES_MAX
 from him.errors import IntegrityError, NotFoundError, VersionError
@@ -24,7 +24,7 @@ from him.tier.settings import TIER, tier_settings
 from him.types import Fault
 
 _KNOWN: Final = {
-    "": {MARKER, TIER, "parity.json", "restoring.json", "log", "packs", "leases", "spool", "cache", "cold", "care"},
+    "": {MARKER, TIER, "parity.json", RESTORING, "log", "packs", "leases", "spool", "cache", "cold", "care"},
     "log": {LOG_PATH.partition("/")[2], END_PATH.partition("/")[2], TURN_PATH.partition("/")[2], "checkpoints"},
     "cold": {"account", "pins", "receipts", "hotness", "log"},
 }
@@ -168,9 +168,8 @@ def _unknown(disk: Disk) -> _Findings:
     for name in disk.list(lease.FOLDER):
         if not name.isdecimal():
             yield _nobodys(f"{lease.FOLDER}/{name}")
-    if "restoring.json" in disk.list("") and MARKER in disk.list(""):
-        path = "restoring.json"
-        yield Fault(path, path, "a restore that came to its end left it", remedy.LEFT_OVER, "file"), False
+    if {RESTORING, MARKER} <= set(disk.list("")):
+        yield Fault(RESTORING, RESTORING, "a restore that came to its end left it", remedy.LEFT_OVER, "file"), False
 
 
 def _nobodys(path: str) -> tuple[Fault, bool]:

@@ -16,11 +16,13 @@ from typing import Final
 
 from blake3 import blake3
 
-from him.errors import HimError, NotFoundError
+from him.errors import HimError, NotFoundError, StorageError
 from him.ports import Disk, File
 
 FOLDER: Final = "leases"
 _NOTHING: Final = (1 << 64) - 1
+_EVERYTHING: Final = 0
+"""The floor of a lease that cannot be read: before every record."""
 _FLOOR_BYTES: Final = 8
 
 
@@ -52,7 +54,10 @@ class Leases:
         self._path = ""
 
     def take(self, seq: int) -> Lease:
-        """A lease on what stands at record `seq` and after; only in name where the repository cannot be written to."""
+        """A lease on what stands at record `seq` and after; only in name where no file can be made for it.
+
+        What is read under one in name may be collected meanwhile: that is then said, and nothing wrong is read.
+        """
         with self._lock:
             self._held[seq] += 1
             self._write()
@@ -96,11 +101,17 @@ class Leases:
         floor = min(self._held, default=_NOTHING)
         if floor == self._written or self._read_only:
             return
-        if self._file is None:
-            self._file = self._made()
-        data = floor.to_bytes(_FLOOR_BYTES, "little")
-        self._file.write_at(0, data + blake3(data).digest())
-        self._written = floor
+        try:
+            if self._file is None:
+                self._file = self._made()
+            data = floor.to_bytes(_FLOOR_BYTES, "little")
+            self._file.write_at(0, data + blake3(data).digest())
+            self._written = floor
+        except StorageError:
+            # A full disk is no reason not to read. An empty lease whose lock is held keeps every pack.
+            if self._file is not None:
+                self._file.truncate(0)
+                self._written = _EVERYTHING
 
     def _made(self) -> File:
         for number in itertools.count():
@@ -125,7 +136,7 @@ class Leases:
             data = file.read_at(0, _FLOOR_BYTES + 32)
         finally:
             file.close()
-        return int.from_bytes(data[:_FLOOR_BYTES], "little") if verifies(data) else 0
+        return int.from_bytes(data[:_FLOOR_BYTES], "little") if verifies(data) else _EVERYTHING
 
 
 def verifies(data: bytes) -> bool:

@@ -684,9 +684,12 @@ class Mirror:
         if not self._reserved(self._bytes_of(missing), self._limit):
             self.nudge()
             return False
+        room = True
         try:
             for run, start, data in self._in_flight(tuple(self._runs(missing))):
-                self._write_run(run, start, data)
+                room = self._kept_run(run, start, data)
+                if not room:
+                    break
         finally:
             with self._lock:
                 here = [key for key in missing if self._by_number[key[0]].here[key[1]]]
@@ -696,7 +699,7 @@ class Mirror:
                     self._policy.adopt(here)
                     lacking = self._bytes_of(missing) - self._bytes_of(here)
                     self._account.used -= lacking
-        return True
+        return room
 
     def _bytes_of(self, extents: Iterable[Extent]) -> int:
         return sum(self._by_number[number].span(at)[1] for number, at in extents)
@@ -742,6 +745,14 @@ class Mirror:
         pack = self._by_number[run[0][0]]
         start, end = pack.span(run[0][1])[0], sum(pack.span(run[-1][1]))
         return start, self._got(pack.name, [(start, end - start)])[0]
+
+    def _kept_run(self, run: _Run, begins: int, data: memoryview) -> bool:
+        """Keep the extents of a run; False where this disk refuses, whatever the budget allows."""
+        try:
+            self._write_run(run, begins, data)
+        except StorageError:
+            return False
+        return True
 
     def _write_run(self, run: _Run, begins: int, data: memoryview) -> None:
         """Keep the extents of a run; what lies in its gaps is here already, or nobody asked for it."""
