@@ -341,7 +341,6 @@ LIST = Finding("list", "packs/|list", r"packs/.* @ \d+", ".", "fsck --rebuild")
 RECORD = Finding("record", "^[0-9a-f]{64}$|^repository$", r"packs/.* @ \d+", "digest|header", "him heal")
 TILE = Finding("tile", "snp_", "packs|nowhere", ".", "him heal")
 LOG = Finding("log", "record|log", r"log/000001.log", ".", "rebuild.*spare copy")
-PUT_BACK = Finding("log", "commit log", "log/000001.log", "put back from a copy", "nothing")
 CHECKPOINT = Finding("checkpoint", "checkpoint 120", "log/checkpoints", ".", "delete the file")
 CACHE = Finding("cache", ".", "cache/", ".", "rebuild.*delete the folder cache")
 PACK = Finding("pack", "packs/", "packs/", "missing", "him heal.*copy")
@@ -394,7 +393,7 @@ RECIPES: dict[str, Recipe] = {
         lambda p: (p.file("log/000001.log").cut(last_record(p) + 30), p.uncached(), p.spareless()),
         (LOG._replace(fault="cut short", fix="cut log/000001.log"),), reads="none", remedy=cut_at_the_damage,
     ),
-    "log: removed": Recipe(delete("log/000001.log"), notes=(PUT_BACK,), remedy=nothing),
+    "log: removed": Recipe(delete("log/000001.log"), (LOG._replace(fault="missing"),), remedy=rebuild),
     "log: removed, and its copy": Recipe(
         lambda p: (p.file("log/000001.log").path.unlink(), p.spareless()),
         (LOG._replace(fault="missing", fix="put log/000001.log back"),),
@@ -403,9 +402,9 @@ RECIPES: dict[str, Recipe] = {
             Finding("pack", "packs/", "packs/", r"\d+ records are sound", ""),
         ), reads="none",
     ),
-    "log: removed, and its copy, with a cold tier": Recipe(
-        lambda p: (p.file("log/000001.log").path.unlink(), p.spareless()), notes=(PUT_BACK,), remedy=nothing,
-        tiered=True,
+    "log: removed, with a cold tier": Recipe(
+        lambda p: (p.file("log/000001.log").path.unlink(), p.spareless()),
+        (LOG._replace(fault="missing", fix="him restore"),), remedy=rebuild, tiered=True,
     ),
     "log: 4 KiB zeroed": Recipe(
         lambda p: p.file("log/000001.log").zero(8192), (LOG._replace(fault="taken from the checkpoint"),),
@@ -419,7 +418,7 @@ RECIPES: dict[str, Recipe] = {
         lambda p: p.file("log/000001.log").put(8192, p.finished().data[:BLOCK]), (LOG._replace(fault="checkpoint"),),
         remedy=rebuild,
     ),
-    "log: nothing bridges the damage": Recipe(lost_log, notes=(PUT_BACK,), remedy=nothing),
+    "log: nothing bridges the damage": Recipe(lost_log, (LOG,), remedy=rebuild),
     "log: nothing bridges the damage, and no copy": Recipe(
         lambda p: (lost_log(p), p.spareless()), (LOG._replace(fix="cut log/000001.log"),),
         notes=(Finding("log", "commit log", "log", r"first \d+ records are whole", ""),), reads="none",

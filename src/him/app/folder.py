@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from him.catalog import marker as marker_file
-from him.catalog.log import LOG_PATH, FileLog
+from him.catalog.log import FileLog
 from him.catalog.marker import MARKER, Marker
 from him.catalog.salvage import RESTORING
 from him.config import (
@@ -11,22 +10,9 @@ from him.config import (
 )
 from him.errors import (
     ConflictError,
-    HimError,
-    IntegrityError,
-    NotFoundError,
 )
 from him.ports import Clock, Disk, Rng
 from him.tier.warm import PACK_FOLDER
-
-
-def unmarked(root: Path) -> HimError:
-    """Why a folder without him.json is no repository: it lost it, a restore was interrupted, or it never was one."""
-    if (root / RESTORING).is_file():
-        return ConflictError("a restore was interrupted", object=str(root), fix="run `him restore` again: it goes on")
-    log = root / LOG_PATH
-    if log.is_file() and (log.stat().st_size or any((root / PACK_FOLDER).glob("*.pack"))):
-        return IntegrityError(f"{MARKER} is missing", object=MARKER, place=MARKER, fix=marker_file.REWRITE)
-    return NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
 
 
 def create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:

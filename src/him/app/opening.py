@@ -14,7 +14,7 @@ from him.adapters.minilm import MiniLmEncoder
 from him.adapters.objects import open_store
 from him.adapters.rapidocr import RapidTextReader
 from him.app.folder import create as make
-from him.app.folder import left_by_restore, unmarked
+from him.app.folder import left_by_restore
 from him.app.repository import Repository, check_budget
 from him.catalog import marker as marker_file
 from him.catalog import spare
@@ -26,7 +26,7 @@ from him.catalog.marker import MARKER, MARKER_BYTES_MAX
 from him.catalog.mend import mend
 from him.catalog.restore import Restored
 from him.catalog.restore import restore as restore_log
-from him.catalog.salvage import RESTORING, log_facts
+from him.catalog.salvage import RESTORING, unmarked
 from him.catalog.transfer import TransferReport
 from him.config import (
     RESTORE_BUDGET_BYTES,
@@ -46,7 +46,6 @@ from him.tier.care import Journal
 from him.tier.mirror import Mirror
 from him.tier.settings import TIER, TierSettings, tier_settings
 from him.tier.warm import PACK_FOLDER
-from him.types import Fault
 
 
 def open(
@@ -80,7 +79,7 @@ def open(
     clock, rng = clock or SystemClock(), rng or SystemRng()
     if not (root / MARKER).is_file():
         if not create:
-            raise unmarked(root)
+            raise unmarked(LocalDisk(root), str(root))
         make(root, disk or LocalDisk(root), clock, rng)
     read, encode = reader or RapidTextReader(), encoder or MiniLmEncoder()
     try:
@@ -143,19 +142,17 @@ def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Prog
     """
     selftest.ensure()
     root = Path(path)
-    if not (root / MARKER).is_file() and not isinstance(error := unmarked(root), IntegrityError):
+    if not (root / MARKER).is_file() and not isinstance(error := unmarked(LocalDisk(root), str(root)), IntegrityError):
         raise error
     disk = LocalDisk(root, read_only=not os.access(root, os.W_OK))
     mended = mend(disk, lambda tier: open_store(tier.cold), SystemRng()) if rebuild else []
-    before, facts = examine(disk), log_facts(disk)
+    before = examine(disk)
     try:
-        repository = open(path)
+        # Not `open`, which would mend the log: a check only tells.
+        repository = Repository(root, SystemClock(), SystemRng(), RapidTextReader(), MiniLmEncoder())
     except IntegrityError as error:
         return unopened(disk, before, error)
     with repository:
-        if facts.broken and log_facts(disk).records > facts.records:
-            text = f"what follows record {facts.records} was put back from a copy of the log"
-            mended.append(Fault("commit log", LOG_PATH, text, "nothing: it was mended", "log"))
         return repository.fsck(rebuild=rebuild, progress=progress).after(before, mended)
 
 
@@ -169,7 +166,7 @@ def heal(path: str | os.PathLike[str], *, progress: Progress | None = None) -> H
     """
     selftest.ensure()
     root = Path(path)
-    if not (root / MARKER).is_file() and not isinstance(error := unmarked(root), IntegrityError):
+    if not (root / MARKER).is_file() and not isinstance(error := unmarked(LocalDisk(root), str(root)), IntegrityError):
         raise error
     mended = mend(LocalDisk(root), lambda tier: open_store(tier.cold), SystemRng())
     with open(path) as repository:

@@ -22,7 +22,6 @@ from him.adapters.objects import open_store
 from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
 from him.adapters.sqlite import SqliteMemo, SqliteProjection, wal_fault
-from him.app.folder import unmarked
 from him.care import CareHandle, shape_of
 from him.catalog import marker as marker_file
 from him.catalog import spare
@@ -34,7 +33,7 @@ from him.catalog.log import FileLog
 from him.catalog.marker import MARKER, MARKER_BYTES_MAX, Marker
 from him.catalog.reader import CRITICAL, SnapshotReader
 from him.catalog.retention import HOLD
-from him.catalog.salvage import check_owner, marker_bytes
+from him.catalog.salvage import check_owner, marker_bytes, unmarked
 from him.catalog.stats import Stats, measure
 from him.catalog.transfer import Side, TransferReport, transfer
 from him.config import (
@@ -659,7 +658,7 @@ class Repository:
         if path.exists() and path.samefile(self.path):
             raise UsageError("both sides are one repository", object=str(path), fix="name another folder")
         if not (path / MARKER).is_file():
-            raise unmarked(path)
+            raise unmarked(LocalDisk(path), str(path))
         return Repository(path, self._clock, self._rng, self._text_reader, self._encoder)
 
     def _side(self, *, write: bool = False) -> Side:

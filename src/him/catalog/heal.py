@@ -10,7 +10,7 @@ from him.catalog.fsck import FsckReport
 from him.catalog.log import CHECKPOINT_FOLDER, FileLog
 from him.errors import HimError
 from him.ports import Progress
-from him.tier.care import Journal
+from him.tier.care import Event, Journal
 from him.tier.scrub import Scrubber
 from him.tier.warm import WarmStore
 from him.types import Fault
@@ -60,6 +60,7 @@ class Healer:
             BusyError: another process scrubs. StorageError: the disk refused.
         """
         wrong: dict[tuple[str, str], Fault] = {}
+        before = set(self._journal.healed())
         for number, one in enumerate(self._scrubber.run()):
             self._progress(number, 0, one.name)
             wrong.update(_keyed(map(fault_from, one.faults)))
@@ -73,6 +74,10 @@ class Healer:
         if not found.ok:
             found = self._check(rebuild=True, progress=self._progress)
         spare.keep(self._store.disk, self._log)
+        # What is made again takes with it what else is damaged there, before anybody has read that.
+        told = {fault.place.partition(" @ ")[0] for fault in wrong.values()}
+        again = [event for event in self._journal.healed() if event not in before and event.pack not in told]
+        wrong.update(_keyed(map(_of_event, again)))
         left = {(fault.object, fault.place) for fault in found.errors}
         healed = tuple(fault for key, fault in wrong.items() if key not in left)
         return HealReport(healed, found.errors, len(self._journal.quarantined()))
@@ -80,6 +85,10 @@ class Healer:
 
 def _keyed(faults: Iterable[Fault]) -> dict[tuple[str, str], Fault]:
     return {(fault.object, fault.place): fault for fault in faults}
+
+
+def _of_event(event: Event) -> Fault:
+    return Fault(event.pack, f"{event.pack} @ {event.offset}", f"{event.size} bytes were damaged", "", "pack")
 
 
 def fault_from(error: HimError) -> Fault:

@@ -9,7 +9,7 @@ from him.catalog.log import CHECKPOINT_FOLDER, LOG_PATH, parsed, records_in
 from him.catalog.marker import MARKER, MARKER_BYTES_MAX, REWRITE, Marker, needed_format
 from him.catalog.marker import parsed as parsed_marker
 from him.config import CHECKPOINT_BYTES_MAX
-from him.errors import HimError, IntegrityError, NotFoundError
+from him.errors import ConflictError, HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack.file import walk
 from him.ports import Disk
@@ -88,6 +88,15 @@ def check_owner(disk: Disk, marker: Marker, packs: frozenset[str]) -> None:
         others |= path in packs
     if others:
         raise IntegrityError(f"{MARKER} is another repository's", object=MARKER, place=MARKER, fix=REWRITE)
+
+
+def unmarked(disk: Disk, place: str) -> HimError:
+    """Why a folder without him.json is no repository: it lost it, a restore was interrupted, or it never was one."""
+    if RESTORING in disk.list(""):
+        return ConflictError("a restore was interrupted", object=place, fix="run `him restore` again: it goes on")
+    if any(name.endswith(_SUFFIX) for name in disk.list(PACK_FOLDER)) or log_facts(disk).records:
+        return IntegrityError(f"{MARKER} is missing", object=MARKER, place=MARKER, fix=REWRITE)
+    return NotFoundError(f"no repository at {place}", object=place, fix=f"make one with `him init {place}`")
 
 
 def marker_bytes(disk: Disk) -> bytes:

@@ -77,6 +77,14 @@ class _Held(NamedTuple):
     whole: frozenset[int]
 
 
+class _Range(NamedTuple):
+    """Bytes of a file."""
+
+    name: str
+    offset: int
+    size: int
+
+
 class Parity:
     """Makes, keeps and uses the parity files of a repository; several threads may mend at once.
 
@@ -328,19 +336,19 @@ class Parity:
         member = held.group.members[number]
         end = member.size if size is None else min(offset + size, member.size)
         lost: IntegrityError | None = None
-        changed = False
+        mended: list[_Range] = []
         for row in range(offset // PARITY_CHUNK_BYTES, -(-end // PARITY_CHUNK_BYTES)):
             try:
-                changed |= self._mend_chunk(held, number, row)
+                mended += self._mend_row(held, number, row, others=size is None)
             except IntegrityError as error:
                 lost = lost or error
-        if changed or (size is None and self.file_size(name) > member.size):
-            changed = True
+        self._settle(mended)
+        longer = size is None and self.file_size(name) > member.size
+        if longer:
             self._sync(name, member.size)
-            self._disk.sync_folder(FOLDER)
         if lost is not None:
             raise lost
-        return changed
+        return longer or bool(mended)
 
     def chunks(self, name: str) -> Iterator[Bytes]:
         """A pack's bytes in order, each chunk verified, or made of others; nothing is written.
@@ -354,8 +362,10 @@ class Parity:
         held, number = found
         for row in range(-(-held.group.members[number].size // PARITY_CHUNK_BYTES)):
             chunk = self._chunk(held, number, row)
-            made = self._made(held, number, row) if chunk is None else code.padded(chunk, len(chunk))
-            yield made[: held.group.chunk_bytes(number, row)]
+            if chunk is None:
+                yield self._made(held, number, row)[number]
+            else:
+                yield code.padded(chunk, len(chunk))
 
     def check_file(self, name: str) -> IntegrityError | None:
         """What is wrong with a parity file of a group, if anything is."""
@@ -376,15 +386,15 @@ class Parity:
         return held is not None and self._mend_file(held, held.names.index(name)) > 0
 
     def _mend_file(self, held: _Held, number: int) -> int:
-        changed, at = False, len(held.group.members) + number
-        for row in range(held.group.rows):
-            changed |= self._mend_chunk(held, at, row)
-        if changed or number not in held.whole:
-            self._end_file(held.group, number, held.names[number])
-            self._disk.sync_folder(FOLDER)
-            self._names = ()
-            return 1
-        return 0
+        at = len(held.group.members) + number
+        mended = [one for row in range(held.group.rows) for one in self._mend_row(held, at, row)]
+        self._settle(mended)
+        if not mended and number in held.whole:
+            return 0
+        self._end_file(held.group, number, held.names[number])
+        self._disk.sync_folder(FOLDER)
+        self._names = ()
+        return 1
 
     def _find(self, name: str) -> tuple[_Held, int] | None:
         for again in (False, True):
@@ -394,24 +404,43 @@ class Parity:
                         return held, number
         return None
 
-    def _mend_chunk(self, held: _Held, number: int, row: int) -> bool:
+    def _mend_row(self, held: _Held, number: int, row: int, *, others: bool = False) -> list[_Range]:
+        """Make a chunk again if it is damaged, and with it `others` of its row that are; what was written."""
         if self._chunk(held, number, row) is not None:
-            return False
-        name, at = self._place(held, number, row)
-        size = held.group.chunk_bytes(number, row)
-        self._write(name, at, self._made(held, number, row)[:size].data)
-        self._journal.add("healed", name, at, size, why="parity")
-        return True
+            return []
+        written: list[_Range] = []
+        for one, chunk in self._made(held, number, row, others=others).items():
+            name, at = self._place(held, one, row)
+            self._write(name, at, chunk.data)
+            written.append(_Range(name, at, len(chunk)))
+        return written
 
-    def _made(self, held: _Held, number: int, row: int) -> Bytes:
-        """A chunk, filled up to its row's length, made of others. Raises IntegrityError."""
-        group, have = held.group, dict[int, Bytes]()
+    def _settle(self, mended: Sequence[_Range]) -> None:
+        """Make durable what was written, and note it: neighbours as one."""
+        for name in {one.name for one in mended}:
+            self._sync(name)
+        if mended:
+            self._disk.sync_folder(FOLDER)
+        runs: list[_Range] = []
+        for one in sorted(mended):
+            if runs and (runs[-1].name, runs[-1].offset + runs[-1].size) == (one.name, one.offset):
+                one = _Range(one.name, runs[-1].offset, runs[-1].size + one.size)
+                runs.pop()
+            runs.append(one)
+        for one in runs:
+            self._journal.add("healed", one.name, one.offset, one.size, why="parity")
+
+    def _made(self, held: _Held, number: int, row: int, *, others: bool = False) -> dict[int, Bytes]:
+        """A chunk made of others, by its number, or with `others` all that are damaged. Raises IntegrityError."""
+        group, have, lost = held.group, dict[int, Bytes](), [number]
         count, extra = len(group.members), len(group.parity)
         for other in range(count + extra):
-            if len(have) == count:
-                break
-            chunk = None if other == number else self._chunk(held, other, row)
-            if chunk is not None:
+            if other == number or (len(have) == count and not others):
+                continue
+            chunk = self._chunk(held, other, row)
+            if chunk is None:
+                lost.append(other)
+            elif len(have) < count:
                 have[other] = code.padded(chunk, group.row_bytes(row))
         name, at = self._place(held, number, row)
         if len(have) < count:
@@ -419,8 +448,10 @@ class Parity:
                 f"only {len(have)} of {count + extra} chunks are sound, and parity needs {count}",
                 object=name, place=f"{name} @ {at}",
             )  # fmt: skip
-        made = code.made_again(self._arithmetic, count, extra, have, [number])[0]
-        if not group.verifies(number, row, made[: group.chunk_bytes(number, row)].data):
+        wanted = lost if others else [number]
+        whole = zip(wanted, code.made_again(self._arithmetic, count, extra, have, wanted), strict=True)
+        made = {one: chunk[: group.chunk_bytes(one, row)] for one, chunk in whole}
+        if not all(group.verifies(one, row, chunk.data) for one, chunk in made.items()):
             raise IntegrityError("parity gives other bytes than were protected", object=name, place=f"{name} @ {at}")
         return made
 
