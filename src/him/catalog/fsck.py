@@ -24,6 +24,8 @@ from him.types import BlobId, Fault, Frame, LiveState, PackFinished, PackRange, 
 
 Progress = Callable[[int, int, str], None]
 _RESTORE: Final = "restore the object from a copy of the repository"
+_MENDED_MAX: Final = 8
+"""Times that a pack is looked at again: other processes may free what is being checked."""
 
 
 class FsckReport(msgspec.Struct, frozen=True):
@@ -94,11 +96,13 @@ class Fsck:
         for number, pack in enumerate(packs):
             self._progress(number, len(packs), pack.name)
             size += self._pack(pack)
-        snapshots = self._history.snapshots()
-        for number, found in enumerate(snapshots):
-            self._progress(number, len(snapshots), "snapshots")
+        self._history.refresh()
+        # Snapshots and names of one moment: others drop and name them meanwhile.
+        live = self._projection.state()
+        for number, (_, found) in enumerate(live.snapshots):
+            self._progress(number, len(live.snapshots), "snapshots")
             self._snapshot(found)
-        self._refs(snapshots)
+        self._refs(live)
         return FsckReport(tuple(self._faults.values()), len(self._expired), 0, len(self._tiles), len(packs), size)
 
     # -- the log
@@ -149,11 +153,13 @@ class Fsck:
     # -- packs
 
     def _pack(self, pack: PackState) -> int:
-        """Check all that belongs to a pack, once more after it was put right from the cold tier; its size in bytes."""
+        """Check all that belongs to a pack, once more each time it was put right from the cold tier; its size in bytes."""
         faults, damaged = dict(self._faults), set(self._damaged)
         size = self._checked(pack)
-        if len(self._faults) > len(faults) and self._store.mend(pack.name):
-            self._faults, self._damaged = faults, damaged
+        for _ in range(_MENDED_MAX):
+            if len(self._faults) == len(faults) or not self._store.mend(pack.name):
+                break
+            self._faults, self._damaged = dict(faults), set(damaged)
             size = self._checked(pack)
         return size
 
@@ -319,9 +325,9 @@ class Fsck:
         except HimError as error:
             self._fault(_within(error, f"{snapshot} {frame}"))
 
-    def _refs(self, snapshots: list[Snapshot]) -> None:
-        known = {one.snapshot_id for one in snapshots}
-        for name, (kind, target) in self._history.refs().items():
+    def _refs(self, live: LiveState) -> None:
+        known = {str(one.snapshot_id) for _, one in live.snapshots}
+        for name, kind, target in live.refs:
             if target not in known:
                 self._fault(IntegrityError(f"the {kind} names no snapshot", object=name, place="log"))
 

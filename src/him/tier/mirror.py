@@ -325,14 +325,21 @@ class Mirror:
         return changed
 
     def mend(self, path: str) -> bool:
-        """Compare what is here of a pack with the cold tier and put right what differs; whether anything did.
+        """Compare what is here of a pack with the cold tier and put right what differs.
+
+        Returns:
+            Whether reading it again is worth while: something differed, or another process has copied the pack, or
+            freed what this one took for being here. False for a pack that the cold tier does not hold.
 
         Raises:
             IntegrityError: the cold tier does not give back what its receipt says; nothing is changed then.
         """
+        news = path not in self._packs
+        if not self.holds(path):
+            return False
         receipt, pack = self._held[path], self._packs[path]
         ranges = [(at, min(COLD_PART_BYTES, pack.size - at)) for at in range(0, pack.size, COLD_PART_BYTES)]
-        parts = self._got(path, ranges)
+        parts, here = self._got(path, ranges), pack.here.copy()
         digest, changed = blake3(), False
         for part in parts:
             digest.update(part)
@@ -340,7 +347,7 @@ class Mirror:
             raise IntegrityError("the cold tier does not give back what it was given", place=path)
         for (offset, _), part in zip(ranges, parts, strict=True):
             changed |= self.heal(path, offset, part)
-        return changed
+        return changed or news or bool((here & ~pack.here).any())
 
     def forget(self, path: str) -> None:
         """A pack is gone, or about to go: nobody asks for it any more."""
