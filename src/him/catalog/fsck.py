@@ -10,6 +10,7 @@ from him.catalog import checkpoint
 from him.catalog.checkpoint import Fold
 from him.catalog.history import History
 from him.catalog.retention import Expiry
+from him.config import MENDS_MAX
 from him.errors import HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack import merkle
@@ -24,8 +25,6 @@ from him.types import BlobId, Fault, Frame, LiveState, PackFinished, PackRange, 
 
 Progress = Callable[[int, int, str], None]
 _RESTORE: Final = "restore the object from a copy of the repository"
-_MENDED_MAX: Final = 8
-"""Times that a pack is looked at again: other processes may free what is being checked."""
 
 
 class FsckReport(msgspec.Struct, frozen=True):
@@ -156,7 +155,7 @@ class Fsck:
         """Check all that belongs to a pack, once more each time it was put right from the cold tier; its size in bytes."""
         faults, damaged = dict(self._faults), set(self._damaged)
         size = self._checked(pack)
-        for _ in range(_MENDED_MAX):
+        for _ in range(MENDS_MAX):
             if len(self._faults) == len(faults) or not self._store.mend(pack.name):
                 break
             self._faults, self._damaged = dict(faults), set(damaged)

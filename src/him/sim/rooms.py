@@ -21,7 +21,7 @@ from him.tier.mirror import Mirror
 from him.tier.warm import WarmStore
 
 REPOSITORY_ID: Final = bytes(range(16))
-BUDGET_BYTES: Final = 256 * 1024
+BUDGET_BYTES: Final = 512 * 1024
 
 
 class SimMemo:

@@ -86,6 +86,8 @@ class Work(NamedTuple):
             return
         if isinstance(error, StorageError | BusyError) and (gate.injected or process.world.weather.full):
             return
+        if error.message.startswith("the warm budget of"):
+            return  # Full of what is pinned, or of what is not copied yet.
         if isinstance(error, BusyError) and process.site.model.seq > act.began:
             return  # Somebody else collected garbage, or writes to a pack.
         if isinstance(error, IntegrityError) and process.site.rotted:

@@ -328,26 +328,24 @@ class Mirror:
         """Compare what is here of a pack with the cold tier and put right what differs.
 
         Returns:
-            Whether reading it again is worth while: something differed, or another process has copied the pack, or
-            freed what this one took for being here. False for a pack that the cold tier does not hold.
+            Whether reading it again is worth while: False for a pack that the cold tier does not hold. (That nothing
+            differs does not say that what was read before was right: another process may have freed it then.)
 
         Raises:
             IntegrityError: the cold tier does not give back what its receipt says; nothing is changed then.
         """
-        news = path not in self._packs
         if not self.holds(path):
             return False
         receipt, pack = self._held[path], self._packs[path]
         ranges = [(at, min(COLD_PART_BYTES, pack.size - at)) for at in range(0, pack.size, COLD_PART_BYTES)]
-        parts, here = self._got(path, ranges), pack.here.copy()
-        digest, changed = blake3(), False
+        parts, digest = self._got(path, ranges), blake3()
         for part in parts:
             digest.update(part)
         if digest.hexdigest() != receipt.digest:
             raise IntegrityError("the cold tier does not give back what it was given", place=path)
         for (offset, _), part in zip(ranges, parts, strict=True):
-            changed |= self.heal(path, offset, part)
-        return changed or news or bool((here & ~pack.here).any())
+            self.heal(path, offset, part)
+        return True
 
     def forget(self, path: str) -> None:
         """A pack is gone, or about to go: nobody asks for it any more."""

@@ -22,6 +22,7 @@ from him.config import (
     BUFFER_GRAIN_BYTES,
     CHUNKS_FROM_BYTES,
     DELTA_FROM_BYTES,
+    MENDS_MAX,
     OPEN_PACKS_MAX,
     PACK_RANGES_MAX,
     PACK_TARGET_BYTES,
@@ -902,11 +903,11 @@ class WarmStore:
             raise IntegrityError("a pack is missing", place=named.pack) from error
         ranged = isinstance(named, PackRange)
         try:
-            for again in (True, False):
+            for left in reversed(range(MENDS_MAX)):
                 try:
                     return read_index(file, named) if ranged else read_footer(file, named)
                 except IntegrityError:
-                    if not again or not self.mend(named.pack):
+                    if not left or not self.mend(named.pack):
                         if not salvage:
                             raise
                         break
