@@ -22,12 +22,15 @@ from him.catalog.reader import SnapshotReader
 from him.config import EMBEDDING_DIMS
 from him.errors import NotFoundError, UnavailableError
 from him.ingest import Ingest
+from him.pack.galois import product
 from him.ports import Disk
 from him.sim.disk import Faults as Faults
 from him.sim.disk import MemDisk as MemDisk
 from him.sim.disk import MemFile as MemFile
 from him.sim.disk import PowerLoss as PowerLoss
+from him.tier.care import Journal
 from him.tier.mirror import Mirror
+from him.tier.protect import Parity, Shape
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import blob_id
@@ -284,13 +287,21 @@ class Stack:
         rng: FakeRng | None = None,
         writer: str = "test:1",
         mirror: Mirror | None = None,
+        parity: Shape | None = None,
     ) -> None:
         self.disk = disk
         self.clock, self.rng = clock or FakeClock(), rng or FakeRng()
         self.log = FileLog(disk)
         self.projection = SqliteProjection(None)
         self.memo = DictMemo()
-        self.store = WarmStore(disk, self.projection, self.rng, REPOSITORY_ID, mirror)
+        self.journal = Journal(disk, self.clock)
+        self.parity = Parity(
+            mirror or disk, product, REPOSITORY_ID, lambda: self.history.finished_packs(), self.journal, shape=parity,
+            write=mirror.put_back if mirror else None,
+        )  # fmt: skip
+        self.store = WarmStore(
+            disk, self.projection, self.rng, REPOSITORY_ID, mirror, journal=self.journal, parity=self.parity
+        )
         self.history = History(self.log, self.projection, self.store, self.memo, self.clock, self.rng, writer)
         self.history.refresh()
         if mirror is not None:
@@ -300,6 +311,7 @@ class Stack:
 
     def close(self) -> None:
         self.store.close()
+        self.journal.close()
         self.history.leases.close()
         self.log.close()
         self.projection.close()

@@ -56,6 +56,22 @@ BUFFER_GRAIN_BYTES: Final = 64 * 1024
 """Buffers are multiples of this; smaller values are not worth one."""
 BUFFERS_KEPT_BYTES: Final = 256 * 1024 * 1024
 
+# Parity and care (design §6, docs/design/012-parity.md)
+PARITY_DATA: Final = 10
+"""Packs of a full group."""
+PARITY_EXTRA: Final = 4
+"""Parity files of a full group: so many of all its files may be lost."""
+PARITY_CHUNK_BYTES: Final = 1024 * 1024
+"""What is damaged and made again at once; a multiple of an extent."""
+PARITY_FILES_MAX: Final = 64
+"""Packs and parity files of a group together."""
+PARITY_TABLE_BYTES_MAX: Final = 16 * 1024 * 1024
+CARE_JOURNAL_BYTES_MAX: Final = 1024 * 1024
+CARE_EVENTS_KEPT: Final = 1_000
+"""Healings that a shortened journal keeps."""
+SCRUB_BYTES_PER_S: Final = 20 * 1024 * 1024
+"""What a scrubber in the background reads in a second, unless told otherwise."""
+
 # Tiers (spec §1.3, §7, design §6, §9, docs/design/008-tiers.md)
 EXTENT_BYTES: Final = 256 * 1024
 """What is fetched from the cold tier and freed at once."""

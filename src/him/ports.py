@@ -164,6 +164,14 @@ class ObjectStore(Protocol):
         ...
 
 
+class ErasureCode(Protocol):
+    """The arithmetic of Reed–Solomon codes: every implementation gives the same bytes."""
+
+    def __call__(self, matrix: NDArray[np.uint8], parts: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+        """(rows, n) coefficients times n parts of equal length, over GF(2^8) with polynomial 0x11d; a part a row."""
+        ...
+
+
 class CommitLog(Protocol):
     """The one ordered log that is the authority of a repository (design §6)."""
 
@@ -365,6 +373,7 @@ __all__ = [
     "Clock",
     "CommitLog",
     "Disk",
+    "ErasureCode",
     "File",
     "Memo",
     "ObjectStore",

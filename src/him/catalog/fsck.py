@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 import msgspec
-import numpy as np
 
 from him.catalog import checkpoint
 from him.catalog.checkpoint import Fold
@@ -13,15 +12,14 @@ from him.catalog.retention import Expiry
 from him.config import MENDS_MAX
 from him.errors import HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
-from him.pack import merkle
-from him.pack.file import read_index, read_record, walk
-from him.ports import File, Projection
+from him.pack.check import check_pack
+from him.ports import Projection
 from him.pyramid import directory, update
 from him.tier.warm import WarmStore
 from him.tile import codec
-from him.tile.address import KIND_FOOTER, KIND_INDEX, KIND_NAMES, KIND_TILE, blob_id
+from him.tile.address import KIND_NAMES, KIND_TILE, blob_id
 from him.tile.chunks import CHUNKS
-from him.types import BlobId, Fault, Frame, LiveState, PackFinished, PackRange, PackState, Snapshot, TileKey
+from him.types import BlobId, Fault, Frame, LiveState, PackState, Snapshot, TileKey
 
 Progress = Callable[[int, int, str], None]
 _RESTORE: Final = "restore the object from a copy of the repository"
@@ -152,7 +150,7 @@ class Fsck:
     # -- packs
 
     def _pack(self, pack: PackState) -> int:
-        """Check all that belongs to a pack, once more each time it was put right from the cold tier; its size in bytes."""
+        """Check all that belongs to a pack, once more each time it was put right; its size in bytes."""
         faults, damaged = dict(self._faults), set(self._damaged)
         size = self._checked(pack)
         for _ in range(MENDS_MAX):
@@ -160,7 +158,14 @@ class Fsck:
                 break
             self._faults, self._damaged = dict(faults), set(damaged)
             size = self._checked(pack)
+        if len(self._faults) > len(faults) and self._removed(pack.name):
+            self._faults, self._damaged = faults, damaged
         return size
+
+    def _removed(self, name: str) -> bool:
+        """Whether another process has removed a pack, which was condemned before, since this check began."""
+        self._history.refresh()
+        return any(removed and name == gone for gone, _, removed in self._projection.released(0))
 
     def _checked(self, pack: PackState) -> int:
         try:
@@ -169,83 +174,11 @@ class Fsck:
             self._fault(IntegrityError("a pack is missing", object=pack.name, place=pack.name))
             return 0
         try:
-            layout.check_file_header(file.read_at(0, layout.FILE_HEADER_BYTES), pack.name)
-            if pack.finished is not None:
-                self._finished(file, pack.finished)
-            else:
-                self._growing(file, pack)
-        except HimError as error:
-            self._fault(error)
+            for error in check_pack(file, pack, self._content, self._store.repository_id):
+                self._fault(error)
+            return file.size()
         finally:
-            size = file.size()
             file.close()
-        return size
-
-    def _growing(self, file: File, pack: PackState) -> None:
-        """What lies beyond the last committed range belongs to nobody."""
-        committed = [named for _, named in pack.ranges]
-        end = committed[-1].end if committed else layout.FILE_HEADER_BYTES
-        if file.size() < end:
-            self._fault(IntegrityError("the pack is cut short", object=pack.name, place=f"{pack.name} @ {file.size()}"))
-        found = self._ranges(file, pack.name, end)
-        if found is not None and found != committed:
-            wrong = next((one for one, other in zip(found, committed, strict=False) if one != other), found[-1])
-            place = f"{pack.name} @ {wrong.start}"
-            self._fault(IntegrityError("a range is not the one committed", object=pack.name, place=place))
-
-    def _finished(self, file: File, finished: PackFinished) -> None:
-        """Every range, and the footer that lists them all."""
-        name, at = finished.pack, finished.size - layout.TRAILER_BYTES
-        offset, size, root = layout.decode_trailer(file.read_at(at, layout.TRAILER_BYTES), f"{name} @ {at}")
-        place = f"{name} @ {offset}"
-        footer = read_record(file, name, offset, size)
-        self._content(footer, place)
-        between = file.read_at(offset + footer.header.record_size, size - footer.header.record_size)
-        if between.count(0) != len(between):
-            raise IntegrityError("padding after the footer is not zero", object=name, place=place)
-        if footer.header.kind != KIND_FOOTER or root != finished.merkle_root or offset + size != at:
-            raise IntegrityError("the footer is not the one committed", object=name, place=place)
-        if file.size() != finished.size:
-            raise IntegrityError("bytes follow the trailer", object=name, place=f"{name} @ {finished.size}")
-        ranges = self._ranges(file, name, offset)
-        if ranges is None:
-            return
-        rows = np.concatenate([read_index(file, named) for named in ranges])
-        meta = msgspec.msgpack.encode([offset, len(rows), root])
-        if merkle.root([named.merkle_root for named in ranges]) != root or footer.meta != meta:
-            raise IntegrityError("the footer's root is not that of the ranges", object=name, place=place)
-        if bytes(footer.stored) != layout.encode_rows(rows):
-            raise IntegrityError("the footer does not list what the ranges hold", object=name, place=place)
-
-    def _ranges(self, file: File, name: str, end: int) -> list[PackRange] | None:
-        """The ranges up to `end` as their own index records tell; None when a record among them is damaged.
-
-        Checked are every digest, that each content is what its blob_id names, and that each index record lists the
-        records before it, with their Merkle root.
-        """
-        ranges: list[PackRange] = []
-        rows: list[tuple[bytes, int, int, int, int]] = []
-        leaves: list[bytes] = []
-        begun, sound = layout.FILE_HEADER_BYTES, True
-        for offset, found in walk(file, name, begun, end):
-            if isinstance(found, IntegrityError):
-                self._fault(found)
-                sound = False
-                continue
-            header = found.header
-            self._content(found, f"{name} @ {offset}")
-            if header.kind != KIND_INDEX:
-                rows.append((header.blob_id, offset, header.record_size, header.kind, header.delta_depth))
-                leaves.append(header.digest)
-                continue
-            root, after = merkle.root(leaves), layout.aligned(offset + header.record_size)
-            meta = msgspec.msgpack.encode([begun, len(rows), root])
-            if sound and (found.meta != meta or bytes(found.stored) != layout.encode_rows(layout.rows_of(rows))):
-                what = "the index record does not list the records before it"
-                self._fault(IntegrityError(what, object=name, place=f"{name} @ {offset}"))
-            ranges.append(PackRange(name, begun, offset, after, root))
-            begun, rows, leaves = after, [], []
-        return ranges if sound else None
 
     def _content(self, found: layout.Record, place: str) -> None:
         """Whether the stored bytes decode to what the blob_id names."""

@@ -17,8 +17,9 @@ from him.catalog import retention
 from him.catalog.history import History
 from him.catalog.retention import Expiry
 from him.config import COLLECT_COPY_BYTES
-from him.errors import ConflictError, NotFoundError, UnavailableError
+from him.errors import ConflictError, IntegrityError, NotFoundError, UnavailableError
 from him.pack import format as layout
+from him.pack.parity import SUFFIX as PARITY
 from him.ports import Clock, Projection
 from him.pyramid import directory, levels, page
 from him.tier.warm import PACK_FOLDER, WarmStore
@@ -124,7 +125,12 @@ class Marks:
             for blob in held["blob"][held["kind"] == KIND_COMPANION]:
                 name = BlobId(blob.tobytes())
                 if self._visit("companion", name):
-                    found = levels.decode(self._store, name)
+                    try:
+                        found = levels.decode(self._store, name)
+                    except IntegrityError:
+                        if self._store.has(name):
+                            raise
+                        continue  # It went with a pack that another process was allowed to remove.
                     if found.page in self._nodes:
                         self._mark([name, *(tile for level in found.levels for _, tile in level)])
 
@@ -301,6 +307,8 @@ class Collector:
         freed = sum(finished.size for finished in packs if finished)
         if free:
             rescued = self._of_traces()
+            # The others are protected without them before they go.
+            self._store.protect(self._progress)
             self._history.append(lambda: self._removing(free, rescued))
         for number, name in enumerate(free):
             self._progress(number, len(free), "removing")
@@ -358,7 +366,7 @@ class Collector:
         """Remove files no record names or that one says are gone; how many of the former there were."""
         self._history.refresh()
         state = {pack.name: pack for pack in self._projection.state().packs}
-        names = [f"{PACK_FOLDER}/{name}" for name in self._store.disk.list(PACK_FOLDER)]
+        names = [f"{PACK_FOLDER}/{name}" for name in self._store.disk.list(PACK_FOLDER) if not name.endswith(PARITY)]
         for name in names:
             if name in state and state[name].removed:
                 self._store.remove(name)

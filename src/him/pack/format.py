@@ -116,6 +116,11 @@ def check_file_header(data: bytes, place: str) -> None:
         raise VersionError("the pack was written by a newer format", place=place)
 
 
+def repository_of(data: bytes) -> bytes:
+    """Whose pack it is: the 16 bytes in a file header that `check_file_header` let pass."""
+    return data[16:32]
+
+
 def encode_record(offset: int, draft: Draft) -> Encoded:
     """The record as it stands at `offset`, with zeros up to the next aligned offset.
 

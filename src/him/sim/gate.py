@@ -121,20 +121,18 @@ class Gate:
             return
         writes()
         if self._is_due("request twice"):
-            self.injected -= 1
             writes()
         if self._is_due("reply lost"):
             raise UnavailableError("no reply (simulated)", place=name)
 
     def stale(self) -> bool:
         """Whether a list is of some time ago."""
-        return not self.quiet and self._is_due("list stale") and not self._forgive()
+        if self.quiet or not self._is_due("list stale"):
+            return False
+        self.injected -= 1  # It explains no error.
+        return True
 
     # -- inner
-
-    def _forgive(self) -> bool:
-        self.injected -= 1  # A stale list explains no error.
-        return False
 
     def _step(self) -> bool:
         """Whether faults may happen; another process may have run meanwhile."""

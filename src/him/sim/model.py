@@ -161,7 +161,7 @@ class Act:
         """What its batch does."""
         self.branch = ""
         """Whose head it writes to."""
-        self.wants: list[Operation] = []
+        self.wants: Callable[[Operation], bool] | None = None
         """Operations it may write, to the letter."""
         self.may: frozenset[type[Operation]] = frozenset()
         """Kinds of operations it may write beside."""
@@ -289,7 +289,7 @@ class Model:
 
     def _check(self, operation: Operation, act: Act, record: CommitRecord) -> None:
         kind = type(operation)
-        if operation in act.wants or kind in _ALWAYS or kind in act.may:
+        if kind in _ALWAYS or kind in act.may or (act.wants is not None and act.wants(operation)):
             if isinstance(operation, TilesExpired):
                 self._check_expiry(operation, record)
             return
@@ -323,7 +323,7 @@ class Model:
                 self._batch(seq, operation, act)
             case Sealed():
                 snap = self.snapshots[operation.snapshot_id]
-                sent = act is not None and Sealed in act.may
+                sent = act is None or Sealed in act.may
                 if snap.sealed or (operation.directory != snap.directory and not sent):
                     raise Violation("sealed twice, or as something else", str(operation))
                 self.content(operation.directory)

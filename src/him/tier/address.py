@@ -76,14 +76,16 @@ class _Segment:
         self._lows = table.lows.view(np.uint8).data.cast("Q")
         self._places = table.places.view(np.uint8).data.cast("I")
 
-    def find(self, high: int, low: int, avoid: Set[int] = frozenset()) -> Location | None:
+    def find(self, high: int, low: int, avoid: Set[int], bad: Set[tuple[int, int]]) -> Location | None:
         """The place of a name in a pack that is not to be avoided, the least deep, then the newest; or None."""
         highs, count = self._highs, len(self._highs)
         at = bisect_left(highs, high)
         while at < count and highs[at] == high:
             places, row = self._places, 4 * at
             if self._lows[at] == low and (not avoid or places[row] not in avoid):
-                return Location(places[row], places[row + 1] * PACK_ALIGN_BYTES, places[row + 2], places[row + 3])
+                found = Location(places[row], places[row + 1] * PACK_ALIGN_BYTES, places[row + 2], places[row + 3])
+                if not bad or found[:2] not in bad:
+                    return found
             at += 1
         return None
 
@@ -99,11 +101,15 @@ class AddressIndex:
         self._disk = disk
         self._segments: list[_Segment] = []
         self._tail: dict[bytes, Location] = {}
+        self._others: dict[bytes, list[Location]] = {}
+        """Older places of blobs in the tail: which one will be left when packs go is not known yet."""
         self.position = 0
         self.removed: frozenset[int] = frozenset()
         """Numbers of packs whose rows lead nowhere any more."""
         self.condemned: frozenset[int] = frozenset()
         """Numbers of packs that can be read and must not be relied on."""
+        self.bad: frozenset[tuple[int, int]] = frozenset()
+        """Packs' numbers and offsets of damaged records: found where there is no other, and never relied on."""
 
     def load(self, head: int) -> None:
         """Map the segments that are there; damaged ones, leftovers and those beyond `head` are removed."""
@@ -131,30 +137,44 @@ class AddressIndex:
 
     def find(self, blob: BlobId) -> Location | None:
         """Where the least deep record of a blob lies (of equally deep ones the newest), or None."""
-        return self._found(blob, self.removed)
+        found = self._found(blob, self.removed, self.bad)
+        return self._found(blob, self.removed) if found is None and self.bad else found
 
-    def _found(self, blob: BlobId, avoid: Set[int]) -> Location | None:
+    def _relied(self, blob: BlobId, avoid: Set[int] = frozenset()) -> Location | None:
+        return self._found(blob, self.removed | self.condemned | avoid, self.bad)
+
+    def _found(self, blob: BlobId, avoid: Set[int], bad: Set[tuple[int, int]] = frozenset()) -> Location | None:
         found = self._tail.get(blob)
-        if found is not None and (not avoid or found.pack not in avoid):
-            return found
+        best: Location | None = None
+        if found is not None:
+            for place in (found, *reversed(self._others.get(blob, ()))):
+                if (place.pack in avoid) or (bad and place[:2] in bad):
+                    continue
+                if not place.depth:
+                    return place
+                best = place if best is None or place.depth < best.depth else best
         high, low = _NAME.unpack_from(blob)
         for segment in reversed(self._segments):
-            found = segment.find(high, low, avoid)
+            found = segment.find(high, low, avoid, bad)
             if found is not None:
-                return found
-        return None
+                if not found.depth:
+                    return found
+                best = found if best is None or found.depth < best.depth else best
+        return best
 
     def relied(self, blob: BlobId, avoid: Set[int]) -> bool:
         """Whether a blob lies in a pack that may be relied on and is none of `avoid`."""
-        return self._found(blob, self.removed | self.condemned | avoid) is not None
+        return self._relied(blob, avoid) is not None
 
     def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
         """Whether each blob is in no pack that may be relied on: for many blobs at once far cheaper than `find`."""
-        avoid = self.removed | self.condemned
         if len(blobs) < _FEW:
-            return [self._found(blob, avoid) is None for blob in blobs]
-        tail = self._tail
-        absent = np.array([(at := tail.get(blob)) is None or at.pack in avoid for blob in blobs], dtype=np.bool_)
+            return [self._relied(blob) is None for blob in blobs]
+        tail, avoid, bad = self._tail, self.removed | self.condemned, self.bad
+        absent = np.array([(at := tail.get(blob)) is None or at.pack in avoid or at[:2] in bad for blob in blobs])
+        for number in np.flatnonzero(absent):
+            if blobs[number] in self._others:
+                absent[number] = self._relied(blobs[number]) is None
         names = np.frombuffer(b"".join(blob[:16] for blob in blobs), dtype=">u8").reshape(-1, 2).astype(np.uint64)
         for segment in self._segments:
             highs = segment.table.highs
@@ -163,12 +183,13 @@ class AddressIndex:
             inside = np.flatnonzero(absent & (at < len(highs)))
             close = inside[highs[at[inside]] == names[inside, 0]]
             for number in map(int, close):
-                absent[number] = self._found(blobs[number], avoid) is None
+                absent[number] = self._relied(blobs[number]) is None
         return absent.tolist()
 
     def add(self, seq: int, pack: int, rows: Rows) -> None:
         """Add the rows of the range (or the finished pack) that was committed at `seq`."""
-        rows = self._leading(rows)
+        # Of one blob the least deep last.
+        rows = rows[np.argsort(-rows["depth"].astype(np.int8), kind="stable")]
         if len(rows) >= ADDRESS_TAIL_ROWS:
             self.flush(above=0)
             # A tail that could not be written stays: a segment up to `seq` would claim its rows.
@@ -179,21 +200,14 @@ class AddressIndex:
         blobs = rows["blob"].tobytes()
         columns = zip(rows["offset"].tolist(), rows["length"].tolist(), rows["depth"].tolist(), strict=True)
         for number, (offset, length, depth) in enumerate(columns):
-            self._tail[blobs[32 * number : 32 * number + 32]] = Location(pack, offset, length, depth)
+            blob, place = blobs[32 * number : 32 * number + 32], Location(pack, offset, length, depth)
+            before = self._tail.get(blob)
+            if before is not None and before != place:
+                known = self._others.setdefault(blob, [])
+                if before not in known:
+                    known.append(before)
+            self._tail[blob] = place
         self.position = seq
-
-    def _leading(self, rows: Rows) -> Rows:
-        """The rows without deltas of blobs that have a less deep record elsewhere; of one blob the least deep last."""
-        deep = np.flatnonzero(rows["depth"])
-        if not len(deep):
-            return rows
-        kept = np.ones(len(rows), dtype=np.bool_)
-        for at in map(int, deep):
-            known = self._found(BlobId(rows["blob"][at].tobytes()), self.removed | self.condemned)
-            # Equally deep ones count: a compacted pack's records lie in a new place as they are.
-            kept[at] = known is None or known.depth >= int(rows["depth"][at])
-        rows = rows[kept]
-        return rows[np.argsort(-rows["depth"].astype(np.int8), kind="stable")]
 
     def flush(self, *, above: int | None = None) -> None:
         """Move a tail of more rows than a tail may have (or than `above`) into a segment.
@@ -201,7 +215,7 @@ class AddressIndex:
         A full disk is no error: it can be rebuilt.
         """
         if len(self._tail) > (ADDRESS_TAIL_ROWS if above is None else above) and self._write(self._sorted_tail()):
-            self._tail = {}
+            self._tail, self._others = {}, {}
 
     def _write(self, table: _Table) -> bool:
         """Make sorted rows up to the position a segment, merged with those that are not much larger."""
@@ -232,8 +246,10 @@ class AddressIndex:
             self._disk.remove(path)
 
     def _sorted_tail(self) -> _Table:
-        names = np.frombuffer(b"".join(blob[:16] for blob in self._tail), dtype=">u8").reshape(-1, 2)
-        rows = [(p.pack, p.offset // PACK_ALIGN_BYTES, p.length, p.depth) for p in self._tail.values()]
+        # Of equal names the newest first.
+        held = [*self._tail.items(), *((blob, at) for blob, known in self._others.items() for at in reversed(known))]
+        names = np.frombuffer(b"".join(blob[:16] for blob, _ in held), dtype=">u8").reshape(-1, 2)
+        rows = [(at.pack, at.offset // PACK_ALIGN_BYTES, at.length, at.depth) for _, at in held]
         return _named(names, np.array(rows, dtype=PLACE))
 
     def _mapped(self, path: str) -> _Segment:

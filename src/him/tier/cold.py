@@ -18,6 +18,7 @@ from blake3 import blake3
 from him.config import COLD_PART_BYTES
 from him.errors import ConflictError, IntegrityError, NotFoundError, UnavailableError
 from him.ports import Disk, ObjectStore
+from him.tier import lines
 
 _LOG_KNOWN: Final = "cold/log"
 _OWNERS: Final = "owners/"
@@ -35,19 +36,6 @@ class Receipt(msgspec.Struct, frozen=True):
     size: int
     digest: str
     """BLAKE3 of the object, in hex; empty where the pack is gone from both tiers."""
-
-    def line(self) -> bytes:
-        """The receipt as it is kept: JSON and its digest."""
-        body = msgspec.json.encode(self)
-        return body + b" " + blake3(body).hexdigest().encode() + b"\n"
-
-    @staticmethod
-    def of(line: bytes) -> "Receipt | None":
-        """What `line` gave; None of anything else."""
-        body, _, digest = line[:-1].rpartition(b" ")
-        if line[-1:] != b"\n" or blake3(body).hexdigest().encode() != digest:
-            return None
-        return msgspec.json.decode(body, type=Receipt)
 
 
 class Piece(NamedTuple):
@@ -84,7 +72,7 @@ def receipt_name(pack: str) -> str:
 def receipt_of(cold: ObjectStore, pack: str) -> Receipt | None:
     """The receipt the cold tier keeps of a pack, if any. Raises IntegrityError for what is none."""
     try:
-        found = Receipt.of(cold.get(receipt_name(pack), _SMALL_OBJECT_MAX))
+        found = lines.decode(cold.get(receipt_name(pack), _SMALL_OBJECT_MAX), Receipt)
     except NotFoundError:
         return None
     if found is None or found.pack != pack:

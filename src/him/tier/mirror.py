@@ -37,6 +37,7 @@ from him.config import (
 from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, StorageError, UnavailableError
 from him.ports import Clock, Disk, File, ObjectStore
 from him.tier import cold as copies
+from him.tier import lines
 from him.tier.account import Account
 from him.tier.cold import Claim, LogCopy, Receipt
 from him.tier.evict import EvictionPolicy, Extent
@@ -324,6 +325,28 @@ class Mirror:
                     changed = True
         return changed
 
+    def put_back(self, path: str, offset: int, data: bytes | memoryview) -> None:
+        """Put sound bytes, of whole extents, where a pack has others or none; a file that is not mirrored just grows.
+
+        Raises:
+            StorageError: there is no room for them.
+        """
+        pack = self.pack(path) if self.holds(path) else None
+        if pack is None:
+            file = self.open(path, create=True)
+            try:
+                file.write_at(offset, data)
+            finally:
+                file.close()
+            return
+        new = [(pack.number, at) for at in pack.extents(offset, len(data)) if not pack.here[at]]
+        if new and not self._reserved(self._bytes_of(new), self.budget_bytes):
+            raise StorageError("the warm budget has no room for what was made again", place=path)
+        with self._account, self._lock:
+            self._file(pack).write_at(offset, data)
+            pack.here[[at for _, at in new]] = True
+            self._policy.adopt(new)
+
     def mend(self, path: str) -> bool:
         """Compare what is here of a pack with the cold tier and put right what differs.
 
@@ -521,7 +544,7 @@ class Mirror:
                 if self._cold.size(finished.pack) != size:
                     self._cold.upload(finished.pack, _parts(file, size))
                 if copies.digest_of(self._cold, finished.pack, size) == receipt.digest:
-                    self._cold.put(copies.receipt_name(finished.pack), receipt.line())
+                    self._cold.put(copies.receipt_name(finished.pack), lines.encode(receipt))
                     self._keep_receipt(receipt)
                     return
                 self._cold.delete([finished.pack])
@@ -550,7 +573,7 @@ class Mirror:
     def _learn_receipts(self) -> None:
         """Receipts that were added since the last look, by any process."""
         with self._lock:
-            for receipt, end in _read_receipts(self._receipts, self._receipts_read):
+            for receipt, end in lines.read(self._receipts, self._receipts_read, Receipt):
                 self._receipts_read = end
                 if receipt is None:
                     continue
@@ -567,10 +590,7 @@ class Mirror:
     def _keep_receipt(self, receipt: Receipt) -> None:
         with self._account:
             self._learn_receipts()
-            # What a crash left half written ends here.
-            self._receipts.truncate(self._receipts_read)
-            self._receipts.write_at(self._receipts_read, receipt.line())
-            self._receipts.sync()
+            lines.append(self._receipts, self._receipts_read, receipt)
             self._learn_receipts()
 
     def _look(self, pack: _Pack) -> None:
@@ -873,7 +893,7 @@ def receipts(disk: Disk) -> list[Receipt]:
     except NotFoundError:
         return []
     try:
-        told = {receipt.pack: receipt for receipt, _ in _read_receipts(file, 0) if receipt is not None}
+        told = {receipt.pack: receipt for receipt, _ in lines.read(file, 0, Receipt) if receipt is not None}
         return [receipt for receipt in told.values() if receipt.digest]
     finally:
         file.close()
@@ -881,16 +901,7 @@ def receipts(disk: Disk) -> list[Receipt]:
 
 def keep_receipts(disk: Disk, known: Iterable[Receipt]) -> None:
     """Take receipts over that were given to another repository, in place of all that are here."""
-    disk.write_whole(_RECEIPTS, b"".join(receipt.line() for receipt in known))
-
-
-def _read_receipts(file: File, start: int) -> Iterator[tuple[Receipt | None, int]]:
-    """The receipts from an offset on, each with where its line ends; None for a damaged line."""
-    for line in file.read_at(start, file.size() - start).splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
-        start += len(line)
-        yield Receipt.of(line), start
+    disk.write_whole(_RECEIPTS, b"".join(map(lines.encode, known)))
 
 
 def _parts(file: File, size: int) -> Iterator[bytes]:

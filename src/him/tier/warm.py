@@ -1,6 +1,5 @@
 """The warm tier: blobs in local packs, every read verified, every write appended to this process's own pack."""
 
-import math
 import os
 import threading
 from collections import deque
@@ -9,9 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,78 +18,34 @@ from him.config import (
     BATCHES_AHEAD,
     BUFFER_FROM_BYTES,
     BUFFER_GRAIN_BYTES,
-    CHUNKS_FROM_BYTES,
-    DELTA_FROM_BYTES,
     MENDS_MAX,
     OPEN_PACKS_MAX,
     PACK_RANGES_MAX,
     PACK_TARGET_BYTES,
     PAGE_CACHE_BYTES,
-    PARTS_DEPTH_MAX,
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
 )
-from him.errors import BusyError, HimError, IntegrityError, NotFoundError
+from him.errors import BusyError, HimError, IntegrityError, NotFoundError, UnavailableError
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
 from him.ports import Disk, File, Projection, Rng
 from him.tier.address import AddressIndex, Location
+from him.tier.assembly import Assembly, Blob, Prepared, Values, checked, parts_of
+from him.tier.care import Journal, What
 from him.tier.kept import Buffers, Recent
 from him.tier.mirror import Mirror
-from him.tile import chunks, codec, delta
+from him.tier.protect import Made, Parity, Progress
+from him.tile import codec
 from him.tile.address import KIND_TILE, blob_id
 from him.tile.chunks import CHUNKS
 from him.types import BlobId, PackFinished, PackRange, PackState
 
 PACK_FOLDER: Final = "packs"
-Values = NDArray[np.generic] | bytes
-"""A tile's array, or a document."""
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 _K = TypeVar("_K", bound=Hashable)
-
-
-class Blob(msgspec.Struct, frozen=True):
-    """A verified record's content: its kind, header bytes and stored payload.
-
-    The payload may be compressed or (from `delta_depth` 1 on) a change of the tile `delta_base`.
-    """
-
-    kind: int
-    codec: int
-    meta: bytes
-    stored: memoryview
-    raw_size: int
-    origin: bytes
-    delta_base: BlobId
-    delta_depth: int
-
-
-class _Chain(NamedTuple):
-    """How a tile is stored: one in full, and the deltas that lead from it to the tile, in that order."""
-
-    root_id: BlobId
-    root: Blob
-    links: list[delta.Link]
-
-
-class _Change(NamedTuple):
-    """What makes a record one of a delta: fields of a `Draft`."""
-
-    codec: int
-    stored: bytes
-    delta_base: bytes
-    delta_depth: int
-
-
-class Prepared(NamedTuple):
-    """A tile's record and those of its chunks; none when it is stored already, and so that it can be relied on."""
-
-    blob_id: BlobId
-    drafts: list[Draft]
-    anew: bool = False
-    """There is a record of it, which leads nowhere any more."""
 
 
 class WarmStore:
@@ -102,14 +56,25 @@ class WarmStore:
     """
 
     def __init__(
-        self, disk: Disk, projection: Projection, rng: Rng, repository_id: bytes, mirror: Mirror | None = None
+        self,
+        disk: Disk,
+        projection: Projection,
+        rng: Rng,
+        repository_id: bytes,
+        mirror: Mirror | None = None,
+        *,
+        journal: Journal | None = None,
+        parity: Parity | None = None,
     ) -> None:
         self.disk: Disk = disk if mirror is None else mirror
         """Where packs are read through."""
+        self.parity = parity
+        """What makes damaged bytes of finished packs again, if anything does."""
+        self._journal = journal
         self._mirror = mirror
         self._projection = projection
         self._rng = rng
-        self._repository_id = repository_id
+        self.repository_id = repository_id
         self._files: dict[str, File] = {}
         self._retired: list[File] = []
         self._names: list[str] = []
@@ -131,6 +96,7 @@ class WarmStore:
         self.leaves = Recent[tuple[bytes, int, int], Any](PAGE_CACHE_BYTES // 2)
         """Parsed leaves by root, row and column: who knows the place need not go from the root, as in a TLB."""
         self._buffers = Buffers()
+        self._assembly = Assembly(self._record, self.place)
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.RLock()
         # One batch is appended at a time, while others read.
@@ -167,11 +133,11 @@ class WarmStore:
 
     def read_tile(self, blob: BlobId) -> Values:
         """Decoded values of a tile (read-only memory of their own), or a document's bytes. Raises IntegrityError."""
-        return self._values(blob, self.read(blob))
+        return self._assembly.values(blob, self.read(blob))
 
     def payload(self, blob: BlobId) -> bytes | memoryview:
         """The canonical payload of a tile, verified. Raises IntegrityError."""
-        return self._payload(blob, self.read(blob))
+        return self._assembly.payload(blob, self.read(blob))
 
     def read_tiles(self, blobs: Sequence[BlobId]) -> list[Values]:
         """`read_tile` of each, in the order asked for; read in the order they lie in, on several threads."""
@@ -218,7 +184,7 @@ class WarmStore:
         Only what is stored raw and unquantised can be lent; anything else is a copy. The range stays locked while
         any reference to the array lives.
         """
-        yield self._values(blob, self._located(blob, partial(self._lent, blob)))
+        yield self._assembly.values(blob, self._located(blob, partial(self._lent, blob)))
 
     def spread(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
         """The results of `work` on each item, in order; on several threads where the machine has them."""
@@ -267,12 +233,7 @@ class WarmStore:
 
     def parts(self, found: Blob) -> list[BlobId]:
         """What a verified record is made of: the base of a delta, the chunks of a document. Raises IntegrityError."""
-        if found.delta_depth:
-            return [found.delta_base]
-        if found.codec != CHUNKS:
-            return []
-        size = math.prod(codec.parse_header(found.meta).shape)
-        return [chunk.blob_id for chunk in chunks.decode_list(found.stored, size)]
+        return parts_of(found)
 
     def made_of(self, blob: BlobId) -> list[BlobId]:
         """`parts` of a stored tile, of which little more than the header is read."""
@@ -321,11 +282,11 @@ class WarmStore:
             replaced: the tile whose place it takes; it is stored as a change of that where this is small.
         """
         if self.missing([tile.blob_id])[0]:
-            return Prepared(tile.blob_id, self._drafts(tile, origin, replaced))
+            return Prepared(tile.blob_id, self._assembly.drafts(tile, origin, replaced))
         if self.keeps(tile.blob_id):
             return Prepared(tile.blob_id, [])
         # No delta: of two records the less deep one counts.
-        return Prepared(tile.blob_id, self._drafts(tile, origin, None), anew=True)
+        return Prepared(tile.blob_id, self._assembly.drafts(tile, origin, None), anew=True)
 
     def keeps(self, blob: BlobId) -> bool:
         """Whether a tile is stored, with all it is made of, where it can be relied on.
@@ -407,6 +368,18 @@ class WarmStore:
         """All that a pack holds. Raises IntegrityError, also where only its list is damaged."""
         named = [pack.finished] if pack.finished else [one for _, one in pack.ranges]
         return np.concatenate([layout.rows_of([]), *(self._rows(one, salvage=False) for one in named)])
+
+    def protect(self, progress: Progress) -> Made | None:
+        """Bring parity up to date with the packs that are to stay; None when another process does, or there is none.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        if self.parity is None:
+            return None
+        with suppress(BusyError):
+            return self.parity.update(progress)
+        return None
 
     def remove(self, name: str) -> None:
         """Remove what is on this disk of a pack that a record says is gone."""
@@ -600,6 +573,7 @@ class WarmStore:
             changes = self._projection.pack_changes(self._addresses.position)
             self._learn_names()
             self._learn_released(head)
+            self._learn_quarantined()
             for seq, named in changes:
                 self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
             # Records without rows count too, or every look-up of an unknown blob would ask again.
@@ -611,11 +585,13 @@ class WarmStore:
                 self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
 
     def mend(self, name: str) -> bool:
-        """Put right what is here of a pack by its cold copy; whether reading it again is worth while."""
-        try:
+        """Put right what is here of a pack by parity or its cold copy; whether reading it again is worth while."""
+        with suppress(HimError):  # What is lost beyond parity, or away, mends nothing.
+            if self.parity is not None and self.parity.protects(name) and self.parity.mend(name):
+                return True
+        with suppress(HimError):
             return self._mirror is not None and self._mirror.mend(name)
-        except HimError:
-            return False  # A cold tier that is away, or no better, mends nothing.
+        return False
 
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
@@ -666,6 +642,9 @@ class WarmStore:
             found = self._addresses.find(blob)
         return found
 
+    def _record(self, blob: BlobId, digest: bool) -> Blob:
+        return self._located(blob, partial(self._read, blob, digest=digest))
+
     def _read(self, blob: BlobId, name: str, at: Location, *, digest: bool = True) -> Blob:
         buffer = self._buffers.take(at.length) if at.length >= BUFFER_FROM_BYTES else None
         try:
@@ -674,16 +653,36 @@ class WarmStore:
             record = self._healed(blob, name, at)
             if record is None:
                 raise
-        return _checked(record, name)
+        return checked(record, name)
 
     def _healed(self, blob: BlobId, name: str, at: Location) -> layout.Record | None:
-        """The record as the cold tier has it, put in the place of what did not verify here; None when it has none."""
-        if self._mirror is None or not self._mirror.holds(name):
-            return None
-        data = self._mirror.fetch(name, at.offset, at.length)
-        record = layout.decode_record(data, f"{name} @ {at.offset}", blob)
-        self._mirror.heal(name, at.offset, data)
-        return record
+        """The record as the cold tier has it or parity makes it, put in the place of what did not verify; or None.
+
+        Raises:
+            UnavailableError: the cold tier does not answer, and there is nothing else.
+        """
+        lost: HimError | None = None
+        if self._mirror is not None and self._mirror.holds(name):
+            try:
+                data = self._mirror.fetch(name, at.offset, at.length)
+                record = layout.decode_record(data, f"{name} @ {at.offset}", blob)
+                if self._mirror.heal(name, at.offset, data):
+                    self._note("healed", name, at, why="cold")
+                return record
+            except (IntegrityError, NotFoundError, UnavailableError) as error:
+                lost = error
+        with suppress(IntegrityError):
+            if self.parity is not None and self.parity.mend(name, at.offset, at.length):
+                return read_record(self._file(name), name, at.offset, at.length, blob)
+        if isinstance(lost, UnavailableError):
+            raise lost
+        return None
+
+    def _note(self, what: What, name: str, at: Location, *, blob: str = "", why: str = "") -> None:
+        """Keep what happened to a record; a disk that refuses has not undone it."""
+        if self._journal is not None:
+            with suppress(HimError):
+                self._journal.add(what, name, at.offset, at.length, blob=blob, why=why)
 
     def _page(self, kind: int, blob: BlobId) -> bytes:
         found = self.read(blob)
@@ -695,7 +694,7 @@ class WarmStore:
     def _lent(self, blob: BlobId, name: str, at: Location) -> Blob:
         try:
             view = self.disk.view(name, at.offset, at.length)
-            return _checked(layout.decode_record(view, f"{name} @ {at.offset}", blob), name)
+            return checked(layout.decode_record(view, f"{name} @ {at.offset}", blob), name)
         except IntegrityError:
             # Freed before its range was locked, or damaged: a copy of one's own then.
             return self._read(blob, name, at)
@@ -706,8 +705,32 @@ class WarmStore:
         except IntegrityError:
             # Its pack may be gone since this store last looked, and the record lie in another.
             if not (self._caught_up() or self._mended()):
+                return self._elsewhere(blob, work)
+        try:
+            return work(*self._place(blob))
+        except IntegrityError:
+            return self._elsewhere(blob, work)
+
+    def _elsewhere(self, blob: BlobId, work: Callable[[str, Location], _R]) -> _R:
+        """What nothing could heal goes into quarantine; another record of the blob serves, if there is one."""
+        name, at = self._place(blob)
+        try:
+            return work(name, at)
+        except IntegrityError as error:
+            if at.pack < 0 or self._journal is None:
+                raise
+            self._note("quarantined", name, at, blob=blob.hex(), why=error.message)
+            self._learn_quarantined()
+            if self._place(blob) == (name, at):
                 raise
         return work(*self._place(blob))
+
+    def _learn_quarantined(self) -> None:
+        if self._journal is not None:
+            held = self._journal.quarantined()
+            self._addresses.bad = frozenset(
+                (self._numbers[name], offset) for name, offset in held if name in self._numbers
+            )
 
     def _caught_up(self) -> bool:
         """Learn what the projection knows already; whether that was anything."""
@@ -716,102 +739,6 @@ class WarmStore:
                 return False
             self.refresh()
             return True
-
-    def _values(self, blob: BlobId, found: Blob) -> Values:
-        try:
-            return codec.values_of(found.meta, self._payload(blob, found))
-        except IntegrityError as error:
-            below = f" (in {error.object[:12]}…, which it is made of)" if error.object not in ("", blob.hex()) else ""
-            raise IntegrityError(
-                error.message + below, object=blob.hex(), place=error.place or self.place(blob)
-            ) from error
-
-    def _payload(self, blob: BlobId, found: Blob, within: int = 0) -> bytes | memoryview:
-        """The canonical payload; one put together from others is digested again: no digest of stored bytes covers it.
-
-        Args:
-            within: how many documents in chunks this is a part of.
-        """
-        if not found.delta_depth and found.codec != CHUNKS:
-            return self._whole(found)
-        try:
-            # Only the end is digested: its blob_id proves every link.
-            return self._joined(blob, found, within, digest=False)
-        except IntegrityError:
-            # A damaged link is told, or healed: then what it makes is read once more.
-            return self._joined(blob, found, within, digest=True)
-
-    def _joined(self, blob: BlobId, found: Blob, within: int, *, digest: bool) -> bytes | memoryview:
-        chain = self._chain(blob, found, digest=digest)
-        root = self._whole(chain.root, within)
-        # What was read into a buffer is this reader's alone.
-        own = isinstance(root, memoryview) and not root.readonly
-        payload = delta.decode_chain(root, chain.links, in_place=own)
-        if blob_id(KIND_TILE, found.meta, payload) != blob:
-            raise IntegrityError("the parts make a tile with another blob_id", object=blob.hex())
-        return payload
-
-    def _whole(self, found: Blob, within: int = 0) -> bytes | memoryview:
-        """The payload of a tile that is no delta: put together from its chunks where it has some."""
-        if found.kind != KIND_TILE:
-            raise IntegrityError("a tile's place holds something else")
-        if found.codec != CHUNKS:
-            return codec.unpack(found.meta, found.codec, found.stored)
-        if within == PARTS_DEPTH_MAX:
-            raise IntegrityError("chunks within chunks without end")
-        listed = chunks.decode_list(found.stored, math.prod(codec.parse_header(found.meta).shape))
-        return b"".join(self._payload(chunk.blob_id, self.read(chunk.blob_id), within + 1) for chunk in listed)
-
-    def _chain(self, blob: BlobId, found: Blob, *, digest: bool = True) -> _Chain:
-        links: list[delta.Link] = []
-        while found.delta_depth:
-            links.append(delta.Link(codec.parse_header(found.meta), found.codec, found.stored))
-            blob, depth = found.delta_base, found.delta_depth
-            found = self._located(blob, partial(self._read, blob, digest=digest))
-            if found.delta_depth >= depth:
-                raise IntegrityError(f"a delta of depth {depth} has a base of depth {found.delta_depth}")
-        return _Chain(blob, found, links[::-1])
-
-    def _drafts(self, tile: codec.EncodedTile, origin: bytes, replaced: BlobId | None) -> list[Draft]:
-        """The record of a tile (a change of what it replaces, chunks, or the whole), then those of its chunks."""
-        whole = Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, len(tile.payload), origin)
-        if len(tile.stored) < DELTA_FROM_BYTES:
-            return [whole]
-        change = None if replaced in (None, tile.blob_id) else self._change(tile, replaced)
-        if change is not None:
-            return [whole._replace(**change._asdict())]
-        if codec.parse_header(tile.header).dtype != "bytes" or len(tile.payload) < CHUNKS_FROM_BYTES:
-            return [whole]
-        parts = [codec.encode_bytes(bytes(part)) for part in chunks.split(tile.payload)]
-        if len(parts) == 1:
-            return [whole]
-        listed = chunks.encode_list([chunks.Chunk(part.blob_id, len(part.payload)) for part in parts])
-        return [
-            whole._replace(codec=CHUNKS, stored=listed),
-            *(Draft(KIND_TILE, p.codec, p.blob_id, p.header, p.stored, len(p.payload), origin) for p in parts),
-        ]
-
-    def _change(self, tile: codec.EncodedTile, replaced: BlobId) -> _Change | None:
-        """The tile as a change of what it replaces, when that is small and (tried here) leads back to the tile."""
-        try:
-            chain = self._chain(replaced, self.read(replaced))
-            base, header = self._whole(chain.root), codec.parse_header(tile.header)
-            made = delta.compose(
-                header, base, lambda: delta.decode_chain(base, chain.links), tile.payload,
-                full_size=min(len(chain.root.stored), len(tile.stored)),
-                chain_size=sum(len(link.stored) for link in chain.links), depth=len(chain.links),
-            )  # fmt: skip
-            if made is None:
-                return None
-            link = delta.Link(header, made.delta.codec, made.delta.stored)
-            back = delta.decode_chain(base, [link] if made.depth == 1 else [*chain.links, link])
-        except IntegrityError:
-            # A tile that replaces a damaged one does not depend on it.
-            return None
-        if blob_id(KIND_TILE, tile.header, back) != tile.blob_id:
-            return None
-        base_id = chain.root_id if made.depth == 1 else replaced
-        return _Change(made.delta.codec, made.delta.stored, base_id, made.depth)
 
     def _mended(self) -> bool:
         """Whether a damaged address index led astray; it is made anew (once: then its segments are our own)."""
@@ -865,10 +792,12 @@ class WarmStore:
             name = f"{PACK_FOLDER}/{pack.hex()}.pack"
             file = self.disk.open(name, create=True)
             # Whoever collects garbage may have taken it for an orphan before it was locked, and removed it.
-            if file.lock(wait=False) and name.removeprefix(f"{PACK_FOLDER}/") in self.disk.list(PACK_FOLDER):
+            there = file.lock(wait=False) and name.removeprefix(f"{PACK_FOLDER}/") in self.disk.list(PACK_FOLDER)
+            # Nor is one ever written over: randomness repeats where a machine is copied while it runs.
+            if there and not file.size():
                 break
             file.close()
-        file.write_at(0, layout.encode_file_header(self._repository_id, pack))
+        file.write_at(0, layout.encode_file_header(self.repository_id, pack))
         self.disk.sync_folder(PACK_FOLDER)
         self._files[name] = file
         self._writer = PackWriter(file, name, layout.FILE_HEADER_BYTES)
@@ -895,18 +824,17 @@ class WarmStore:
 
     def _rows(self, named: PackRange | PackFinished, *, salvage: bool = True) -> layout.Rows:
         """What a range or a finished pack holds; where its list is damaged, what the records say themselves."""
-        try:
-            file = self.disk.open(named.pack)
-        except NotFoundError as error:
-            if named.pack in self._condemned:
-                return layout.rows_of([])  # Another process was just allowed to remove it.
-            raise IntegrityError("a pack is missing", place=named.pack) from error
+        if self._just_removed(named.pack):
+            return layout.rows_of([])
+        file = self._opened(named.pack)
         ranged = isinstance(named, PackRange)
         try:
             for left in reversed(range(MENDS_MAX)):
                 try:
                     return read_index(file, named) if ranged else read_footer(file, named)
                 except IntegrityError:
+                    if self._just_removed(named.pack):
+                        return layout.rows_of([])
                     if not left or not self.mend(named.pack):
                         if not salvage:
                             raise
@@ -917,6 +845,10 @@ class WarmStore:
         finally:
             # Not kept open: a repository may have more packs than a process may open files.
             file.close()
+
+    def _just_removed(self, name: str) -> bool:
+        """Whether another process was allowed to remove a pack, and has done so."""
+        return name in self._condemned and name.removeprefix(f"{PACK_FOLDER}/") not in self.disk.list(PACK_FOLDER)
 
     def _learn_released(self, head: int) -> None:
         """Which packs must not be relied on, and which are gone."""
@@ -977,28 +909,24 @@ class WarmStore:
         with self._lock:
             file = self._files.get(name)
             if file is None:
-                try:
-                    file = self.disk.open(name)
-                except NotFoundError as error:
-                    raise IntegrityError("a pack is missing", place=name) from error
+                file = self._opened(name)
                 self._files[name] = file
                 if len(self._files) > OPEN_PACKS_MAX:
                     # Closed once no thread reads from it any more; the pack that is written to is held elsewhere too.
                     del self._files[next(iter(self._files))]
             return file
 
+    def _opened(self, name: str) -> File:
+        """A pack's file, made again if it is gone and parity can. Raises IntegrityError."""
+        try:
+            return self.disk.open(name)
+        except NotFoundError as error:
+            if self.mend(name):
+                return self.disk.open(name)
+            raise IntegrityError("a pack is missing", place=name) from error
+
 
 def _contiguous(ranges: list[PackRange], end: int) -> bool:
     """Whether the ranges fill a pack from its header to `end`."""
     starts = [named.start for named in ranges] + [end]
     return starts == [layout.FILE_HEADER_BYTES] + [named.end for named in ranges]
-
-
-def _checked(record: layout.Record, place: str) -> Blob:
-    header = record.header
-    if any(header.key_id):
-        raise IntegrityError("the record needs a feature this version lacks", object=header.blob_id.hex(), place=place)
-    base = BlobId(header.delta_base)
-    return Blob(
-        header.kind, header.codec, record.meta, record.stored, header.raw_size, header.origin, base, header.delta_depth
-    )

@@ -1,0 +1,46 @@
+"""Small append-only files of lines, each with its digest: a crash or a rotten byte costs the lines it meets."""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import msgspec
+from blake3 import blake3
+
+from him.ports import File
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
+def encode(value: msgspec.Struct) -> bytes:
+    """A line: JSON and its digest."""
+    body = msgspec.json.encode(value)
+    return body + b" " + blake3(body).hexdigest().encode() + b"\n"
+
+
+def decode(line: bytes, kind: type[_T]) -> _T | None:
+    """What `encode` was given; None of anything else."""
+    body, _, digest = line[:-1].rpartition(b" ")
+    if line[-1:] != b"\n" or blake3(body).hexdigest().encode() != digest:
+        return None
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def read(file: File, start: int, kind: type[_T]) -> Iterator[tuple[_T | None, int]]:
+    """What the whole lines from an offset on say, and where each ends; None for a damaged one."""
+    for line in file.read_at(start, max(0, file.size() - start)).splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            return
+        start += len(line)
+        yield decode(line, kind), start
+
+
+def append(file: File, end: int, value: msgspec.Struct) -> int:
+    """Add a line where the whole ones end, cutting what a crash left half written; where it ends now."""
+    line = encode(value)
+    file.truncate(end)
+    file.write_at(end, line)
+    file.sync()
+    return end + len(line)
