@@ -366,8 +366,8 @@ def drop(process: Process, rooms: Rooms, rng: Random) -> None:
     free = [one for one in model.snapshots if one not in named]
     chosen = rng.choice(free) if free and rng.random() < 0.95 else target_of(model, rng)
     snap = model.find(chosen)
-    process.act.wants = lambda one: isinstance(one, SnapshotDropped) and (
-        snap is None or one.snapshot_id == snap.opened.snapshot_id
+    process.act.wants = lambda one: (
+        isinstance(one, SnapshotDropped) and (snap is None or one.snapshot_id == snap.opened.snapshot_id)
     )
     process.act.must = True
     rooms.history.drop(chosen)

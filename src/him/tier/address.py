@@ -76,6 +76,11 @@ class _Segment:
         self._lows = table.lows.view(np.uint8).data.cast("Q")
         self._places = table.places.view(np.uint8).data.cast("I")
 
+    @property
+    def partial(self) -> bool:
+        """Whether it was written while rows were being learnt, and says nothing of commits."""
+        return self.since == self.until
+
     def find(self, high: int, low: int, avoid: Set[int], bad: Set[tuple[int, int]]) -> Location | None:
         """The place of a name in a pack that is not to be avoided, the least deep, then the newest; or None."""
         highs, count = self._highs, len(self._highs)
@@ -186,16 +191,15 @@ class AddressIndex:
                 absent[number] = self._relied(blobs[number]) is None
         return absent.tolist()
 
-    def add(self, seq: int, pack: int, rows: Rows) -> None:
-        """Add the rows of the range (or the finished pack) that was committed at `seq`."""
+    def add(self, pack: int, rows: Rows) -> None:
+        """Add the rows of a range, or of a finished pack; they count once `reached` says up to where all are in."""
         # Of one blob the least deep last.
         rows = rows[np.argsort(-rows["depth"].astype(np.int8), kind="stable")]
         if len(rows) >= ADDRESS_TAIL_ROWS:
-            self.flush(above=0)
-            # A tail that could not be written stays: a segment up to `seq` would claim its rows.
-            if not self._tail:
-                self.position = seq
-                self._write(_addresses(rows, pack))
+            # In the order of their age: a tail that could not be written stays, and these rows go there too.
+            if self._tail and self._spill(self._sorted_tail()):
+                self._tail, self._others = {}, {}
+            if not self._tail and self._spill(_addresses(rows, pack)):
                 return
         blobs = rows["blob"].tobytes()
         columns = zip(rows["offset"].tolist(), rows["length"].tolist(), rows["depth"].tolist(), strict=True)
@@ -207,38 +211,68 @@ class AddressIndex:
                 if before not in known:
                     known.append(before)
             self._tail[blob] = place
-        self.position = seq
+
+    def reached(self, head: int, *, keep: bool, above: int | None = None) -> None:
+        """All rows of the commits up to `head` are in.
+
+        A finished pack brings rows of earlier commits with it: so in the midst of learning no position can be named.
+
+        Args:
+            keep: flush.
+        """
+        self.position = max(self.position, head)
+        if keep:
+            self.flush(above=above)
 
     def flush(self, *, above: int | None = None) -> None:
         """Move a tail of more rows than a tail may have (or than `above`) into a segment.
 
         A full disk is no error: it can be rebuilt.
         """
-        if len(self._tail) > (ADDRESS_TAIL_ROWS if above is None else above) and self._write(self._sorted_tail()):
+        spilt = bool(self._segments) and self._segments[-1].partial
+        limit = ADDRESS_TAIL_ROWS if above is None else above
+        if (spilt or len(self._tail) > limit) and self._write(self._sorted_tail()):
             self._tail, self._others = {}, {}
+
+    def _spill(self, table: _Table) -> bool:
+        """Make sorted rows a segment that says nothing of commits, for this process alone."""
+        path = f"{_FOLDER}/{self.position:016d}.{len(self._segments)}.part"
+        made = self._stored(path, self.position, table)
+        if made is not None:
+            self._segments.append(made)
+        return made is not None
 
     def _write(self, table: _Table) -> bool:
         """Make sorted rows up to the position a segment, merged with those that are not much larger."""
         kept = list(self._segments)
-        while kept and len(kept[-1].table.highs) < ADDRESS_MERGE_RATIO * len(table.highs):
+        while kept and (kept[-1].partial or len(kept[-1].table.highs) < ADDRESS_MERGE_RATIO * len(table.highs)):
             table = _merged(kept.pop().table, table)
-        since = kept[-1].until if kept else 0
-        path, digest = f"{_FOLDER}/{self.position:016d}.seg", table.digest()
-        head = _MAGIC + since.to_bytes(8, "little") + self.position.to_bytes(8, "little") + digest
-        head += blake3(head).digest()
-        made = _Segment(path, since, self.position, table, digest)
+        since, path = kept[-1].until if kept else 0, f"{_FOLDER}/{self.position:016d}.seg"
+        if since >= self.position:
+            return False
         gone = [old.path for old in self._segments[len(kept) :] if old.path != path]
-        try:
-            self._disk.write_whole(path, head + bytes(_HEAD - len(head)), *table.columns())
-            made = self._mapped(path)
-        except HimError:
+        made = self._stored(path, since, table)
+        if made is None:
             if len(table.highs) < ADDRESS_TAIL_ROWS:
                 return False
-            gone = []
+            made, gone = _Segment(path, since, self.position, table, table.digest()), []
         self._segments = [*kept, made]
         for old in gone:
             self._remove(old)
         return True
+
+    def _stored(self, path: str, since: int, table: _Table) -> _Segment | None:
+        """Rows of the commits after `since` up to the position, written and mapped; None where the disk refuses."""
+        digest = table.digest()
+        head = _MAGIC + since.to_bytes(8, "little") + self.position.to_bytes(8, "little") + digest
+        head += blake3(head).digest()
+        try:
+            self._disk.write_whole(path, head + bytes(_HEAD - len(head)), *table.columns())
+        except HimError:
+            return None
+        made = self._mapped(path)
+        # Another process may have put its own there, or removed it as a leftover.
+        return made if made.digest == digest else _Segment(path, since, self.position, table, digest)
 
     def _remove(self, path: str) -> None:
         """One that stays does no harm: `load` takes a segment only where the one before it ends."""

@@ -574,15 +574,12 @@ class WarmStore:
             self._learn_names()
             self._learn_released(head)
             self._learn_quarantined()
-            for seq, named in changes:
-                self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
-            # Records without rows count too, or every look-up of an unknown blob would ask again.
-            self._addresses.position = max(self._addresses.position, head)
+            for _, named in changes:
+                self._addresses.add(self._numbers[named.pack], self._rows(named))
             # Only now: look-ups do not take the lock, and need the packs' names.
             self._addresses_loaded = True
-            if not self._salvaged:
-                # What could not be read today may be restored tomorrow: a segment would not know of it.
-                self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
+            # What could not be read today may be restored tomorrow: a segment would not know of it.
+            self._addresses.reached(head, keep=not self._salvaged, above=ADDRESS_KEPT_ROWS if opening else None)
 
     def mend(self, name: str) -> bool:
         """Put right what is here of a pack by parity or its cold copy; whether reading it again is worth while."""
