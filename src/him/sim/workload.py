@@ -4,7 +4,6 @@ A call is told only its number; what it puts and where follows from that and fro
 can be left out of a workload and the others stay what they were.
 """
 
-import contextlib
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from random import Random
@@ -779,13 +778,14 @@ KINDS: Final[dict[str, Work]] = {
 }
 
 
-def workload(seed: int, count: int, processes: int) -> list[Op]:
-    """`count` calls; the first declare the streams."""
+def workload(seed: int, count: int, processes: int, only: Sequence[str] = ()) -> list[Op]:
+    """`count` calls (of some kinds only); the first declare the streams."""
     rng = Random(f"{seed}:workload")
-    kinds, weights = list(KINDS), [work.often for work in KINDS.values()]
-    first = min(count, 8)
-    chosen = ["declare"] * first + rng.choices(kinds, weights, k=count - first)
+    kinds = [kind for kind in KINDS if not only or kind in only]
+    first = min(count, 2 * len(DECLARED))
+    often = [1 if only else KINDS[kind].often for kind in kinds]
+    chosen = ["declare"] * first + rng.choices(kinds, often, k=count - first)
     return [Op(number, kind, rng.randrange(processes)) for number, kind in enumerate(chosen)]
 
 
-__all__ = ["KINDS", "Work", "contextlib", "weather", "workload"]
+__all__ = ["KINDS", "Work", "weather", "workload"]

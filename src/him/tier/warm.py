@@ -25,6 +25,7 @@ from him.config import (
     PAGE_CACHE_BYTES,
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
+    TILE_BYTES_MAX,
 )
 from him.errors import BusyError, HimError, IntegrityError, NotFoundError, UnavailableError
 from him.pack import format as layout
@@ -628,6 +629,9 @@ class WarmStore:
                 found = self._find(blob)
             if found is None:
                 raise IntegrityError("a blob that is referred to is missing", object=blob.hex(), place=PACK_FOLDER)
+        if found.pack >= len(self._names) or found.length > 2 * TILE_BYTES_MAX:
+            # A damaged segment: whoever reads by it makes the index anew.
+            raise IntegrityError("the address index leads nowhere", object=blob.hex(), place="cache/addresses")
         return self._names[found.pack], found
 
     def _find(self, blob: BlobId) -> Location | None:
