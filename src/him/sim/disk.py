@@ -7,14 +7,13 @@ which decides whether it is done, done in part, or refused, and whether the mach
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
-import numpy as np
-
 from him.errors import NotFoundError, StorageError
 
 SECTOR_BYTES: Final = 512
 """What a disk writes whole or not at all."""
 BLOCK_BYTES: Final = 4096
 """What a file system keeps or frees at once, and what firmware swaps or puts in the wrong place."""
+_HOLE: Final = bytes(BLOCK_BYTES)
 Keep = Callable[[], str]
 """What becomes of a piece or a name that was not synced: "all", "none", "half", or "torn" (see `FileData.settled`)."""
 Coin = Callable[[], bool]
@@ -330,16 +329,16 @@ class MemFile:
 
     def data_runs(self) -> list[tuple[int, int]]:
         """Runs of blocks that are not all zero."""
-        now = self._data.now
-        blocks = -(-len(now) // BLOCK_BYTES)
-        padded = np.zeros(blocks * BLOCK_BYTES, dtype=np.uint8)
-        padded[: len(now)] = np.frombuffer(bytes(now), dtype=np.uint8)
-        filled = padded.reshape(blocks, BLOCK_BYTES).any(axis=1)
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], filled, [False]]).astype(np.int8))).tolist()
-        return [
-            (start * BLOCK_BYTES, min(end * BLOCK_BYTES, len(now)))
-            for start, end in zip(edges[::2], edges[1::2], strict=True)
-        ]
+        now, runs = self._data.now, list[tuple[int, int]]()
+        for start in range(0, len(now), BLOCK_BYTES):
+            block = now[start : start + BLOCK_BYTES]
+            if block == _HOLE or not any(block):
+                continue
+            if runs and runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], start + len(block))
+            else:
+                runs.append((start, start + len(block)))
+        return runs
 
     def punch(self, offset: int, size: int) -> bool:
         """Zeros in place of a range."""

@@ -4,12 +4,12 @@ Each replaces a piece of production code for the length of a `with` block.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final
 
 from him.catalog.lease import Leases
 from him.catalog.log import FileLog
-from him.errors import UnavailableError
+from him.errors import UnavailableError, UsageError
 from him.ports import File, ObjectStore
 from him.tier import cold
 from him.tier.cold import Claim, ReadLog
@@ -108,3 +108,12 @@ NEEDED: Final[dict[str, Sequence[str]]] = {
     "ignored-leases": ("declare", "put", "slow_put", "replace", "drop", "keep", "recall", "gc", "read_tile"),
 }
 """Kinds of calls among which each is found soonest; it is found among all of them too."""
+
+
+def planted(name: str) -> Any:
+    """A `with` block in which a bug is planted; none for no name. Raises UsageError."""
+    if not name:
+        return nullcontext()
+    if name not in PLANTS:
+        raise UsageError(f"no bug is called {name!r}", fix=f"use one of: {', '.join(PLANTS)}")
+    return PLANTS[name]()

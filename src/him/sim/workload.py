@@ -30,6 +30,7 @@ from him.pyramid import diff as cells_diff
 from him.pyramid import directory
 from him.sim import checks
 from him.sim.faults import FAULTS, ROTTING, STORE
+from him.sim.ledger import published
 from him.sim.model import (
     HOLD,
     Array,
@@ -44,7 +45,6 @@ from him.sim.model import (
     level_tile,
     whole,
 )
-from him.sim.ledger import published
 from him.sim.rooms import Rooms
 from him.sim.world import Kept, Op, Process
 from him.tier import cold
@@ -75,6 +75,7 @@ TAGS: Final = ("v1", "v2", "v3")
 FRAMES: Final = ("", "f1", "f2", "ü")
 TASKS: Final = ("", "t1")
 _STORE: Final = {"store down", *(fault.name for fault in STORE)}
+_TAKE_OVER_TRIES: Final = 5
 _SIDE: Final = 4
 _FAR: Final = 70
 Call = Callable[[Process, Rooms, Random], None]
@@ -650,7 +651,12 @@ def push(process: Process, rooms: Rooms, rng: Random) -> None:
     whole_log = rng.random() < 0.6
     growing = rooms.history.finish_packs() if whole_log else ["?"]
     reach = rooms.projection.position()[0]
-    rooms.mirror.push_all()
+    try:
+        rooms.mirror.push_all()
+    except ConflictError:
+        # Another process has taken it over; or this one did, and was not told.
+        claimed(process, rooms)
+        return
     if not growing:
         process.world.pushed = max(process.world.pushed, reach)
 
@@ -685,9 +691,20 @@ def pin(process: Process, rooms: Rooms, rng: Random) -> None:
 
 
 def take_over(process: Process, rooms: Rooms, rng: Random) -> None:
-    """Become the one who writes to the cold tier."""
+    """Become the one who writes to the cold tier; whoever gets no answer asks again."""
+    for left in reversed(range(_TAKE_OVER_TRIES)):
+        try:
+            claimed(process, rooms)
+            return
+        except UnavailableError:
+            if not left:
+                raise
+
+
+def claimed(process: Process, rooms: Rooms) -> None:
+    """Take the cold tier over; of one generation there is one owner. Raises Violation."""
     world = process.world
-    nonce = process.rng(f"nonce {process.act.number}").token(8).hex()
+    nonce = process.rng(f"nonce {process.act.number} {world.clock.now_ns()}").token(8).hex()
     claim = cold.take_over(process.objects(), rooms.log.published, nonce)
     assert claim.generation is not None
     if claim.generation in world.claims:

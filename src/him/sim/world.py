@@ -3,7 +3,7 @@
 import contextlib
 import gc
 from collections import Counter, deque
-from collections.abc import Generator, Mapping, Sequence, Set
+from collections.abc import Generator, Sequence, Set
 from contextlib import contextmanager
 from random import Random
 from typing import Final, NamedTuple

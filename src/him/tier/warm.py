@@ -833,10 +833,12 @@ class WarmStore:
             for left in reversed(range(MENDS_MAX)):
                 try:
                     return read_index(file, named) if ranged else read_footer(file, named)
-                except IntegrityError:
+                except (IntegrityError, NotFoundError) as error:
                     if self._just_removed(named.pack):
                         return layout.rows_of([])
                     if not left or not self.mend(named.pack):
+                        if isinstance(error, NotFoundError):
+                            raise IntegrityError("its cold copy is missing", place=named.pack) from error
                         if not salvage:
                             raise
                         break
@@ -849,7 +851,8 @@ class WarmStore:
 
     def _just_removed(self, name: str) -> bool:
         """Whether another process was allowed to remove a pack, and has done so."""
-        return name in self._condemned and name.removeprefix(f"{PACK_FOLDER}/") not in self.disk.list(PACK_FOLDER)
+        known = name in self._condemned or self._numbers.get(name) in self._addresses.removed
+        return known and name.removeprefix(f"{PACK_FOLDER}/") not in self.disk.list(PACK_FOLDER)
 
     def _learn_released(self, head: int) -> None:
         """Which packs must not be relied on, and which are gone."""
