@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import him
 from him import doctor
+from him.adapters import isal
 from him.adapters.local import LocalDisk, SystemClock, SystemRng
 from him.adapters.minilm import MiniLmEncoder
 from him.adapters.npy import NpyFile
@@ -28,16 +29,21 @@ from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
 from him.adapters.rapidocr import RapidTextReader
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
+from him.care import CareHandle, shape_of
 from him.catalog import marker as marker_file
-from him.catalog.fsck import Fsck, FsckReport, fault_of
+from him.catalog import spare
+from him.catalog.files import examine
+from him.catalog.fsck import Fsck, FsckReport, unopened
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import TAG, History, new_ulid
-from him.catalog.log import FileLog
-from him.catalog.marker import MARKER, Marker
+from him.catalog.log import LOG_PATH, FileLog
+from him.catalog.marker import MARKER, MARKER_BYTES_MAX, Marker
+from him.catalog.mend import mend
 from him.catalog.reader import CRITICAL, SnapshotReader
 from him.catalog.restore import Restored
 from him.catalog.restore import restore as restore_log
 from him.catalog.retention import HOLD
+from him.catalog.salvage import check_owner, marker_bytes
 from him.catalog.stats import Stats, measure
 from him.catalog.transfer import Side, TransferReport, transfer
 from him.config import (
@@ -66,6 +72,7 @@ from him.errors import (
 )
 from him.handle import Parts, SnapshotHandle, TierHandle, read_limited
 from him.ingest import Ingest, IngestReport, Progress
+from him.pack.galois import product
 from him.perception import parse_tree
 from him.ports import Clock, Disk, ObjectStore, Recorder, Rng, TextEncoder, TextReader
 from him.query import Answer, QuerySource, answer, plan
@@ -75,11 +82,15 @@ from him.replay import Recording, ReplayReport, Trace
 from him.replay import load as load_trace
 from him.replay import replay as replay_trace
 from him.replay import save as save_trace
+from him.replay.trace import faults as trace_faults
 from him.replay.trace import names as trace_names
 from him.replay.trace import new_trace
+from him.tier.care import Journal
 from him.tier.cold import Claim, newest
 from him.tier.cold import take_over as claim_tier
 from him.tier.mirror import Mirror, receipts
+from him.tier.protect import Parity
+from him.tier.settings import TIER, TierSettings, tier_settings
 from him.tier.warm import PACK_FOLDER, WarmStore
 from him.types import (
     TRACE_PREFIX,
@@ -100,27 +111,8 @@ _SAMPLES_KEPT: Final = 64
 _SAMPLES_NEEDED: Final = 20
 
 
-TIER: Final = "tier.json"
-_MARKER_BYTES_MAX: Final = 4096
 RESTORING: Final = "restoring.json"
 """Holds the marker of a repository that is being restored into the folder."""
-
-
-class TierSettings(msgspec.Struct, frozen=True):
-    """What `tier.json` holds: where the cold tier is, and how much of this disk the packs may take.
-
-    `generation` and `log_begins` say as whom the repository writes there (`tier.cold.Claim`); null: it only reads.
-    """
-
-    cold: str
-    budget_bytes: int
-    generation: int | None = 0
-    log_begins: int = 0
-    storage_class: str = ""
-
-    def claim(self) -> Claim:
-        """As whom it writes."""
-        return Claim(self.generation, self.log_begins)
 
 
 def open(
@@ -152,7 +144,7 @@ def open(
     clock, rng = clock or SystemClock(), rng or SystemRng()
     if not (root / MARKER).is_file():
         if not create:
-            raise NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
+            raise _unmarked(root)
         _create(root, disk or LocalDisk(root), clock, rng)
     return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder(), disk, cold)
 
@@ -185,17 +177,26 @@ def clone(
 
 
 def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
-    """`Repository.fsck` for a repository that may be too damaged to open: what bars it is the report's one fault.
+    """`Repository.fsck` for a repository that may be too damaged to open: then its packs are checked by themselves.
+
+    Args:
+        rebuild: first write again what can be told from elsewhere: him.json, receipts of the cold tier, caches, lists.
 
     Raises:
-        NotFoundError: no repository there.
+        NotFoundError: no repository there. VersionError: written by newer software.
     """
+    root = Path(path)
+    if not (root / MARKER).is_file() and not isinstance(error := _unmarked(root), IntegrityError):
+        raise error
+    disk = LocalDisk(root, read_only=not os.access(root, os.W_OK))
+    mended = mend(disk, lambda tier: open_store(tier.cold), SystemRng()) if rebuild else []
+    before = examine(disk)
     try:
         repository = open(path)
     except IntegrityError as error:
-        return FsckReport((fault_of(error),), 0, 0, 0, 0, 0)
+        return unopened(disk, before, error)
     with repository:
-        return repository.fsck(rebuild=rebuild, progress=progress)
+        return repository.fsck(rebuild=rebuild, progress=progress).after(before, mended)
 
 
 def restore(
@@ -229,7 +230,7 @@ def restore(
         raise NotFoundError("there is no such folder", object=cold, fix="name the place that `him tier set` was given")
     store = open_store(cold)
     try:
-        marker = store.get(MARKER, _MARKER_BYTES_MAX)
+        marker = store.get(MARKER, MARKER_BYTES_MAX)
     except NotFoundError as error:
         fix = "name the place that `him tier set` was given"
         raise NotFoundError("there is no repository in the cold tier", object=cold, fix=fix) from error
@@ -252,7 +253,7 @@ def restore(
         mirror = Mirror(disk, store, SystemClock(), budget_bytes, claim=settings.claim())
         with contextlib.closing(mirror):
             mirror.prefetch_all(show)
-    disk.write_whole(TIER, msgspec.json.encode(settings) + b"\n")
+    disk.write_whole(TIER, settings.encoded())
     # Last, so that a crash leaves either something to go on with or a whole repository.
     disk.write_whole(MARKER, marker)
     disk.remove(RESTORING)
@@ -278,6 +279,16 @@ def _check_budget(budget_bytes: int) -> None:
         )
 
 
+def _unmarked(root: Path) -> HimError:
+    """Why a folder without him.json is no repository: it lost it, a restore was interrupted, or it never was one."""
+    if (root / RESTORING).is_file():
+        return ConflictError("a restore was interrupted", object=str(root), fix="run `him restore` again: it goes on")
+    log = root / LOG_PATH
+    if log.is_file() and (log.stat().st_size or any((root / PACK_FOLDER).glob("*.pack"))):
+        return IntegrityError(f"{MARKER} is missing", object=MARKER, place=MARKER, fix=marker_file.REWRITE)
+    return NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
+
+
 def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
     if root.exists() and (not root.is_dir() or not all(_left_by_creation(entry) for entry in root.iterdir())):
         raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
@@ -289,19 +300,9 @@ def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
     disk.write_whole(MARKER, marker.encoded())
 
 
-def _tier_settings(root: Path) -> TierSettings | None:
-    """The tier that is set, if any. Raises UsageError for settings that do not parse."""
-    try:
-        return msgspec.json.decode((root / TIER).read_bytes(), type=TierSettings)
-    except FileNotFoundError:
-        return None
-    except msgspec.MsgspecError as error:
-        raise UsageError(f"{TIER} does not parse ({error})", place=TIER, fix="set it anew: `him tier set`") from error
-
-
-def _mirror(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None, *, read_only: bool) -> Mirror | None:
-    """The packs' way to the cold tier, where one is set. Raises UsageError for settings that do not parse."""
-    settings = _tier_settings(root)
+def _mirror(disk: Disk, clock: Clock, cold: ObjectStore | None, *, read_only: bool) -> Mirror | None:
+    """The packs' way to the cold tier, where one is set. Raises IntegrityError, VersionError for its settings."""
+    settings = tier_settings(disk)
     if settings is None or (read_only and not receipts(disk)):
         return None  # All of it is here.
     store = cold or open_store(settings.cold, settings.storage_class)
@@ -324,8 +325,8 @@ def _left_by_creation(entry: Path) -> bool:
     )
 
 
-def _read_marker(root: Path) -> Marker:
-    return marker_file.parsed((root / MARKER).read_bytes(), str(root))
+def _read_marker(disk: Disk) -> Marker:
+    return marker_file.parsed(marker_bytes(disk), MARKER)
 
 
 def _silent(_done: int, _total: int, _what: str) -> None:
@@ -346,23 +347,31 @@ class Repository:
         cold: ObjectStore | None = None,
     ) -> None:
         self.path = path
-        self._repository_id = _read_marker(path).repository_id
         self.read_only = not os.access(path, os.W_OK)
         self._clock, self._rng, self._text_reader, self._encoder = clock, rng, reader, encoder
         self._disk: Disk = disk or LocalDisk(path, read_only=self.read_only)
+        marker = _read_marker(self._disk)
+        self._repository_id = marker.repository_id
         self._log = FileLog(self._disk, read_only=self.read_only)
         cache = None if self.read_only else path / "cache"
         self._projection = SqliteProjection(cache / "projection.sqlite" if cache else None)
         self._memo = SqliteMemo(cache / "memo.sqlite" if cache else None)
-        self._mirror = _mirror(path, self._disk, clock, cold, read_only=self.read_only)
-        self._store = WarmStore(self._disk, self._projection, rng, bytes.fromhex(self._repository_id), self._mirror)
+        self._mirror = _mirror(self._disk, clock, cold, read_only=self.read_only)
+        self._journal = Journal(self._disk, clock, read_only=self.read_only)
+        mirror, own_id = self._mirror, bytes.fromhex(self._repository_id)
+        parity = Parity(
+            mirror or self._disk, isal.load() or product, own_id, lambda: self._history.finished_packs(), self._journal,
+            shape=shape_of(self._disk), write=mirror and mirror.put_back, drop=lambda name: self._store.let_go(name),
+        )  # fmt: skip
+        self._store = WarmStore(self._disk, self._projection, rng, own_id, mirror, journal=self._journal, parity=parity)
         writer = f"{platform.node()}:{os.getpid()}"
         self._history = History(
             self._log, self._projection, self._store, self._memo, clock, rng, writer, read_only=self.read_only
         )
         self._history.refresh()
+        check_owner(self._disk, marker, frozenset(self._projection.packs(0)))
         if self._mirror is not None:
-            self._mirror.watch(self._history.finished_packs, self._log.published)
+            self._mirror.watch(lambda: [*self._history.finished_packs(), *parity.files()], self._log.published)
         self._ingest = Ingest(self._history, self._store, self._memo, clock, reader, encoder)
         self._decoder = PillowDecoder()
         self._parts = Parts(self._store, self._memo, self._history, self._ingest, self._decoder, self.query)
@@ -379,7 +388,11 @@ class Repository:
 
     def close(self) -> None:
         """Release files and locks; what was acknowledged is durable already."""
+        if not self.read_only:
+            with contextlib.suppress(HimError):
+                spare.keep(self._disk, self._log)
         self._store.close()
+        self._journal.close()
         if self._mirror is not None:
             self._mirror.close()
         self._history.leases.close()
@@ -403,11 +416,9 @@ class Repository:
             ConflictError: the cold tier belongs to another repository, or lacks packs that only the present one holds.
         """
         _check_budget(budget_bytes)
-        store, own = open_store(cold, storage_class), self._disk.open(MARKER)
-        with contextlib.closing(own):
-            marker = own.read_at(0, own.size())
+        store, marker = open_store(cold, storage_class), marker_bytes(self._disk)
         if not store.put(MARKER, marker, if_absent=True) and not marker_file.same_repository(
-            store.get(MARKER, 4096), marker
+            store.get(MARKER, MARKER_BYTES_MAX), self._repository_id, cold
         ):
             raise ConflictError("the cold tier belongs to another repository", object=cold, fix="name another prefix")
         absent = [receipt.pack for receipt in receipts(self._disk) if store.size(receipt.pack) != receipt.size]
@@ -419,11 +430,11 @@ class Repository:
             )
         claim = self._claim(store, cold, take_over=take_over)
         settings = TierSettings(cold, budget_bytes, *claim, storage_class)
-        self._disk.write_whole(TIER, msgspec.json.encode(settings) + b"\n")
+        self._disk.write_whole(TIER, settings.encoded())
 
     def _claim(self, store: ObjectStore, cold: str, *, take_over: bool) -> Claim:
         """As whom to write to a cold tier: as before where it is the present one."""
-        present = _tier_settings(self.path)
+        present = tier_settings(self._disk)
         if take_over:
             return claim_tier(store, self._log.published, self._rng.token(16).hex())
         if present is not None and present.cold == cold:
@@ -440,6 +451,13 @@ class Repository:
                 "the repository has no cold tier", fix="name one: `him tier set --cold PLACE --budget 10GB`"
             )
         return TierHandle(self._mirror, self._store, self._memo, self._history, self._clock)
+
+    @property
+    def care(self) -> CareHandle:
+        """Parity, scrubbing and healing."""
+        return CareHandle(
+            self._disk, self._store, self._history, self._projection, self._log, self._journal, self._clock
+        )
 
     # -- snapshots and names
 
@@ -728,9 +746,16 @@ class Repository:
     def fsck(self, *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
         """Check every digest; with `rebuild` make projection and address index anew from log and packs first."""
         if rebuild:
-            self._history.rebuild()
+            # A log that is too damaged to rebuild from is a fault to report, not to stop at.
+            with contextlib.suppress(IntegrityError):
+                self._history.rebuild()
             self._store.forget_addresses()
-        return Fsck(self._history, self._projection, self._store, progress).run()
+        beside = examine(self._disk)
+        beside.faults.extend(fault for spool in self._spools for fault in trace_faults(spool))
+        return Fsck(
+            self._history, self._projection, self._store, progress,
+            beside=beside, rebuild=rebuild, format=_read_marker(self._disk).format,
+        ).run()  # fmt: skip
 
     def gc(
         self, *, dead_share: float = COLLECT_DEAD_SHARE, dry_run: bool = False, progress: Progress | None = None
@@ -777,9 +802,9 @@ class Repository:
 
     def _raise_format(self) -> None:
         """Records that older software does not know are about to be written: it must say so instead of stumbling."""
-        marker = _read_marker(self.path)
-        if marker != marker.raised():
-            self._disk.write_whole(MARKER, marker.raised().encoded())
+        raised = _read_marker(self._disk).raised().encoded()
+        if marker_bytes(self._disk) != raised:
+            self._disk.write_whole(MARKER, raised)
 
     def stats(self, progress: Progress | None = None) -> Stats:
         """Bytes by stream and tier, and what sharing, compression and deltas save. Reads every page."""

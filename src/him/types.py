@@ -234,7 +234,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     merge_policy: str = "lww"
 
 
-class SnapshotOpened(msgspec.Struct, frozen=True, array_like=True, tag="snapshot"):
+class SnapshotOpened(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="snapshot"):
     """A new open snapshot; `directory` is the first parent's at branching (or the empty one)."""
 
     snapshot_id: SnapshotId
@@ -253,7 +253,7 @@ class SnapshotOpened(msgspec.Struct, frozen=True, array_like=True, tag="snapshot
         )  # fmt: skip
 
 
-class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
+class Batch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="batch"):
     """A durable batch: `directory` replaces `before` as the open snapshot's directory."""
 
     snapshot_id: SnapshotId
@@ -261,7 +261,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True, tag="batch"):
     directory: bytes
 
 
-class PackRange(msgspec.Struct, frozen=True, array_like=True, tag="range"):
+class PackRange(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="range"):
     """Bytes of a pack that became part of the repository; `index_offset` is its range's index record."""
 
     pack: str
@@ -271,7 +271,7 @@ class PackRange(msgspec.Struct, frozen=True, array_like=True, tag="range"):
     merkle_root: bytes
 
 
-class PackFinished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
+class PackFinished(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="finished"):
     """A pack got its footer and will not grow; parity groups are made of such packs."""
 
     pack: str
@@ -279,7 +279,7 @@ class PackFinished(msgspec.Struct, frozen=True, array_like=True, tag="finished")
     merkle_root: bytes
 
 
-class Sealed(msgspec.Struct, frozen=True, array_like=True, tag="seal"):
+class Sealed(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="seal"):
     """The end of writing to a snapshot. `signature` and `key_id` are empty while sealing is unsigned."""
 
     snapshot_id: SnapshotId
@@ -297,7 +297,7 @@ class Sealed(msgspec.Struct, frozen=True, array_like=True, tag="seal"):
         }  # fmt: skip
 
 
-class RefSet(msgspec.Struct, frozen=True, array_like=True, tag="ref"):
+class RefSet(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="ref"):
     """A branch or tag now names a snapshot; an empty `snapshot_id` removes the name."""
 
     name: str
@@ -305,7 +305,7 @@ class RefSet(msgspec.Struct, frozen=True, array_like=True, tag="ref"):
     snapshot_id: str
 
 
-class AttributeSet(msgspec.Struct, frozen=True, array_like=True, tag="attribute"):
+class AttributeSet(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="attribute"):
     """A key-value pair on a snapshot; None removes it."""
 
     snapshot_id: SnapshotId
@@ -314,19 +314,19 @@ class AttributeSet(msgspec.Struct, frozen=True, array_like=True, tag="attribute"
     signature: bytes = b""
 
 
-class SnapshotDropped(msgspec.Struct, frozen=True, array_like=True, tag="drop"):
+class SnapshotDropped(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="drop"):
     """A snapshot is no longer listed or kept; what only it reached becomes garbage."""
 
     snapshot_id: SnapshotId
 
 
-class StreamDeclared(msgspec.Struct, frozen=True, array_like=True, tag="stream"):
+class StreamDeclared(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="stream"):
     """A stream beside the built-in ones."""
 
     spec: StreamSpec
 
 
-class PackCondemned(msgspec.Struct, frozen=True, array_like=True, tag="condemned"):
+class PackCondemned(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="condemned"):
     """A pack that will be removed: from this record on no commit may rely on what it holds.
 
     What is still referred to was copied to other packs, in this record's or earlier ranges.
@@ -335,13 +335,13 @@ class PackCondemned(msgspec.Struct, frozen=True, array_like=True, tag="condemned
     pack: str
 
 
-class PackRemoved(msgspec.Struct, frozen=True, array_like=True, tag="removed"):
+class PackRemoved(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="removed"):
     """Nobody reads a condemned pack any more; its file goes. Its number is not given to another."""
 
     pack: str
 
 
-class RetentionSet(msgspec.Struct, frozen=True, array_like=True, tag="retention"):
+class RetentionSet(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="retention"):
     """How long a stream's tiles are kept: those of snapshots whose attribute `task_id` is `task`, or ("") all others.
 
     `ttl_s` 0 keeps for ever; a negative one takes the rule back.
@@ -352,7 +352,7 @@ class RetentionSet(msgspec.Struct, frozen=True, array_like=True, tag="retention"
     ttl_s: int
 
 
-class TilesExpired(msgspec.Struct, frozen=True, array_like=True, tag="expired"):
+class TilesExpired(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="expired"):
     """Tiles of a stream that retention lets go: those a snapshot opened before a time wrote (ns), or these snapshots.
 
     Directories that name them stay what they are. `signature` and `key_id` are empty while expiry is unsigned.
@@ -382,7 +382,7 @@ Operation = (
 )
 
 
-class CommitRecord(msgspec.Struct, frozen=True, array_like=True):
+class CommitRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One record of the commit log: operations that become true together."""
 
     time_ns: int
@@ -568,9 +568,14 @@ class Hint(msgspec.Struct, frozen=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """One finding of fsck: which object, where, what is wrong, what to do."""
+    """One finding of fsck: which object, where, what is wrong, what to do, and of which kind it is.
+
+    `kind` is one of "marker", "log", "checkpoint", "pack", "list" (what lists records, or stands between them),
+    "record", "tile", "ref", "cache", "tier", "lease", "trace", "file" and "version" (only newer software can read it).
+    """
 
     object: str
     place: str
     fault: str
     fix: str
+    kind: str = ""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from blake3 import blake3
@@ -39,6 +40,7 @@ from him.catalog import log as commit_log
 from him.catalog.changes import FrameChange
 from him.catalog.group import Queue, Request
 from him.catalog.log import END_PATH, LOG_PATH, TURN_PATH, FileLog
+from him.catalog.marker import parsed
 from him.catalog.reader import SnapshotReader
 from him.errors import (
     BusyError,
@@ -883,10 +885,19 @@ def test_a_memo_that_breaks_while_in_use_only_forgets(tmp_path: Path) -> None:
 
 
 def test_a_marker_that_is_no_marker_or_newer(place: Path) -> None:
-    marker = (place / "him.json").read_bytes()
-    (place / "him.json").write_bytes(marker.replace(b'"format":2', b'"format":9'))
-    with pytest.raises(VersionError):
+    whole = (place / "him.json").read_bytes()
+    marker = parsed(whole, "him.json")
+    newer = msgspec.structs.replace(marker, format=9).encoded()
+    (place / "him.json").write_bytes(newer)
+    with pytest.raises(VersionError, match="format 9"):
         open_repo(place)
+    (place / "him.json").write_bytes(newer.replace(b'"format":9', b'"format":8'))
+    with pytest.raises(IntegrityError):
+        open_repo(place)
+    # Formats 1 and 2 had no digest.
+    (place / "him.json").write_bytes(msgspec.json.encode(marker) + b"\n")
+    with open_repo(place):
+        pass
     (place / "him.json").write_bytes(b"{")
     with pytest.raises(IntegrityError):
         open_repo(place)

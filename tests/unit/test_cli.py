@@ -14,6 +14,7 @@ from typing import Any
 
 import cv2
 import ml_dtypes
+import msgspec
 import numpy as np
 import pytest
 import typer.main
@@ -22,6 +23,7 @@ from typer.core import TyperGroup
 
 import him
 import him.app
+from him.catalog.marker import parsed
 from him.cli import place
 from him.cli.commands import EXAMPLES
 from him.cli.entry import FORWARDED, process_start_ns
@@ -186,9 +188,10 @@ REPLAY = {
     "identical": bool, "grade": "R1|R2", "steps": int, "recomputed": int, "from_trace": int,
     "first_divergence": (dict, type(None)),
 }  # fmt: skip
+FAULT = {"object": str, "place": str, "fault": str, "fix": str, "kind": str}
 FSCK = {
-    "ok": bool, "errors": [{"object": str, "place": str, "fault": str, "fix": str}], "expired": int, "shredded": int,
-    "tiles": int, "packs": int, "bytes": int,
+    "ok": bool, "errors": [FAULT], "notes": [FAULT], "expired": int, "shredded": int, "tiles": int, "packs": int,
+    "bytes": int,
 }  # fmt: skip
 SNAPSHOT = {
     "snapshot_id": SNAPSHOT_ID, "parents": [SNAPSHOT_ID], "created_at": TIME, "tags": dict, "provenance": dict,
@@ -228,7 +231,7 @@ def test_the_commands_of_the_issue_are_there() -> None:
         "tiles delta|tiles get|tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|"
         "daemon status|daemon run|tier set|tier status|tier push|tier demote|tier admit|tier pin|tier unpin|"
         "kv save|kv load|kv prefix|kv list|gc|compact|stats|retention list|retention set|snap hold|"
-        "push|pull|clone|restore|sim"
+        "push|pull|clone|restore|scrub|heal|parity set|parity off|parity update|parity status|sim"
     )
     assert set(COMMANDS) == set(wanted.split("|")) == set(EXAMPLES)
 
@@ -710,7 +713,7 @@ def clutter(repo: Path, tmp_path: Path) -> None:
         with him.open(tmp_path / name, create=True):
             pass
     marker = tmp_path / "newer" / "him.json"
-    marker.write_text(marker.read_text().replace('"format":2', '"format":99'))
+    marker.write_bytes(msgspec.structs.replace(parsed(marker.read_bytes(), ""), format=99).encoded())
     (tmp_path / "broken" / "him.json").write_text("{")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "model.json").write_text(json.dumps(MODEL))

@@ -17,6 +17,7 @@ from him.pack import parity as code
 from him.pack.parity import Group, Member
 from him.ports import ErasureCode
 from him.tier.protect import Made, Parity, Shape, chosen
+from him.tier.scrub import Scrubber
 from him.types import PackFinished, StreamSpec, TileKey
 
 CHUNK = PARITY_CHUNK_BYTES
@@ -335,7 +336,7 @@ def test_what_is_put_again_mends_a_record_that_nothing_could_heal(protected: Pro
     protected.disk.files[name].now[int(offset) + 300] ^= 1
     stack = protected.reopened()
     stack.store.parity = None
-    with pytest.raises(IntegrityError, match="not zero|not match"):
+    with pytest.raises(IntegrityError, match=r"not zero|not match"):
         stack.at("main").tile(TileKey("noise", "f0", 0, 0, 0))
     assert list(stack.journal.quarantined()) == [(name, int(offset))]
     stack.ingest.tiles("other", "noise", "again", {(0, 0): noise(0)})
@@ -347,3 +348,24 @@ def test_what_is_put_again_mends_a_record_that_nothing_could_heal(protected: Pro
 
 def silent(_done: int, _total: int, _what: str) -> None:
     """Nobody watches."""
+
+
+def test_what_a_missing_pack_held_can_be_put_again(protected: Protected) -> None:
+    """Nobody has read from it since it was lost: its content must not be taken for stored even so."""
+    stack = protected.reopened()
+    stack.store.parity = None
+    blob = stack.at("main").entry(TileKey("noise", "f5", 0, 0, 0)).blob_id  # pyright: ignore
+    del protected.disk.files[stack.store.place(blob).split(" ")[0]]
+    stack = protected.reopened()
+    stack.store.parity = None
+    scrubbed = Scrubber(
+        stack.disk, stack.store, stack.journal, stack.clock, stack.projection.state().packs, lambda _size: None
+    )
+    assert [one.left[0].message for one in scrubbed.run() if one.left] == ["a pack is missing"]
+    stack.ingest.tiles("other", "noise", "again", {(0, at): noise(500 + at) for at in range(2)})
+    for _ in range(2):
+        for at in range(2):
+            found = stack.at("other").tile(TileKey("noise", "again", 0, 0, at))
+            assert np.array_equal(found, noise(500 + at))
+        stack = protected.reopened()
+        stack.store.parity = None

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from fakes import FakeClock, FakeRng, Faults, MemDisk, MemObjects, PowerLoss, Stack, flip
@@ -13,6 +14,7 @@ import him
 from him.adapters.folder import ObjectFolder
 from him.app import Repository
 from him.catalog.log import FileLog
+from him.catalog.marker import parsed
 from him.catalog.restore import restore
 from him.errors import ConflictError, HimError, IntegrityError, LimitError, NotFoundError, StorageError, VersionError
 from him.tier.mirror import Mirror
@@ -137,7 +139,7 @@ def test_fetching_all_goes_on_where_it_was_interrupted(place: Place, monkeypatch
 def test_a_marker_of_newer_software_is_refused_before_anything_is_written(place: Place) -> None:
     place.fill(everything=True)
     marker = place.cold / "him.json"
-    marker.write_bytes(marker.read_bytes().replace(b'"format":2', b'"format":99'))
+    marker.write_bytes(msgspec.structs.replace(parsed(marker.read_bytes(), ""), format=99).encoded())
     with pytest.raises(VersionError):
         place.restore()
     assert not place.again.exists()

@@ -181,13 +181,20 @@ def load(log: CommitLog, seq: int) -> LiveState:
         NotFoundError: there is none at `seq`.
     """
     digest, body = log.checkpoint(seq)
-    try:
-        state = _decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"a checkpoint does not parse: {error}", object=f"checkpoint {seq}") from error
+    state = decode(body, seq)
     if (state.seq, state.hash) != (seq, digest):
         raise IntegrityError("a checkpoint is of another record", object=f"checkpoint {seq}")
     return state
+
+
+def decode(body: bytes, seq: int) -> LiveState:
+    """Inverse of `encode`, of a body whose digest holds. Raises VersionError."""
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise VersionError(
+            f"a checkpoint says what newer software does ({error})", object=f"checkpoint {seq}"
+        ) from error
 
 
 def newest(log: CommitLog, *, up_to: int | None = None) -> LiveState:
@@ -211,13 +218,11 @@ def decode_head(data: bytes, place: str) -> Mark:
     """Which record a file that begins with `data` says it is of; nothing is verified but its magic.
 
     Raises:
-        IntegrityError, VersionError.
+        IntegrityError.
     """
     if len(data) < HEAD_BYTES or data[: len(_MAGIC)] != _MAGIC:
         raise IntegrityError("not a checkpoint", place=place)
-    _, version, _, seq, end, digest = _HEAD.unpack(data[: _HEAD.size])
-    if version > _VERSION:
-        raise VersionError("the checkpoint was written by a newer format", place=place)
+    _, _, _, seq, end, digest = _HEAD.unpack(data[: _HEAD.size])
     return Mark(seq, end, digest)
 
 
@@ -226,4 +231,11 @@ def decode_file(data: bytes, place: str) -> tuple[Mark, bytes]:
     mark, body = decode_head(data, place), data[HEAD_BYTES:]
     if blake3(data[: _HEAD.size] + body).digest() != data[_HEAD.size : HEAD_BYTES]:
         raise IntegrityError("a checkpoint does not match its digest", object=f"checkpoint {mark.seq}", place=place)
+    # Only now: a version whose digest does not hold is no newer one, but damage.
+    version = int.from_bytes(data[len(_MAGIC) : len(_MAGIC) + 2], "little")
+    if version > _VERSION:
+        raise VersionError(
+            f"the checkpoint has version {version}, this software knows {_VERSION}",
+            object=f"checkpoint {mark.seq}", place=place,
+        )  # fmt: skip
     return mark, body

@@ -1,32 +1,43 @@
-"""Checking a whole repository against its own digests: the log, every byte of every pack, and all that is reachable."""
+"""Checking a whole repository against its own digests: the log, every byte of every pack, and all that is reachable.
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Final
+Every fault is named with the object, its place, and the remedy for faults of its kind (`catalog.remedy`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Final, cast
 
 import msgspec
 
-from him.catalog import checkpoint
+from him.catalog import checkpoint, remedy
 from him.catalog.checkpoint import Fold
+from him.catalog.files import Examined
 from him.catalog.history import History
+from him.catalog.log import CHECKPOINT_FOLDER, LOG_PATH
+from him.catalog.marker import MARKER, REWRITE, needed_format
 from him.catalog.retention import Expiry
-from him.config import MENDS_MAX
-from him.errors import HimError, IntegrityError, NotFoundError
+from him.catalog.salvage import owners, told_unopened
+from him.config import CHECKPOINT_BYTES_MAX, MENDS_MAX
+from him.errors import HimError, IntegrityError, NotFoundError, StorageError, VersionError
 from him.pack import format as layout
 from him.pack.check import check_pack
-from him.ports import Projection
+from him.pack.relist import Repaired, Repairs, repairs
+from him.ports import Disk, File, Projection
 from him.pyramid import directory, update
-from him.tier.warm import WarmStore
+from him.tier.warm import PACK_FOLDER, WarmStore
 from him.tile import codec
-from him.tile.address import KIND_NAMES, KIND_TILE, blob_id
+from him.tile.address import KIND_FOOTER, KIND_INDEX, KIND_NAMES, KIND_TILE, blob_id
 from him.tile.chunks import CHUNKS
-from him.types import BlobId, Fault, Frame, LiveState, PackState, Snapshot, TileKey
+from him.types import BlobId, Fault, Frame, LiveState, PackRange, PackState, Snapshot, TileKey
 
 Progress = Callable[[int, int, str], None]
-_RESTORE: Final = "restore the object from a copy of the repository"
+_ADDRESSES: Final = "cache/addresses"
 
 
 class FsckReport(msgspec.Struct, frozen=True):
-    """What was checked and what is wrong. `tiles` counts level-0 cells over all snapshots, each entry once."""
+    """What was checked and what is wrong. `tiles` counts level-0 cells over all snapshots, each entry once.
+
+    `notes` harm nothing: what was put right, what is left over, what nobody knows.
+    """
 
     errors: tuple[Fault, ...]
     expired: int
@@ -34,17 +45,25 @@ class FsckReport(msgspec.Struct, frozen=True):
     tiles: int
     packs: int
     size_bytes: int
+    notes: tuple[Fault, ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether nothing is wrong."""
         return not self.errors
 
+    def after(self, before: Examined, mended: Sequence[Fault]) -> "FsckReport":
+        """With what was put right before the check: by `catalog.mend`, and by opening what was found before."""
+        known = {fault.place for fault in (*self.errors, *self.notes, *mended)}
+        gone = [fault for fault in (*before.faults, *before.notes) if fault.place not in known]
+        return msgspec.structs.replace(self, notes=(*self.notes, *mended, *gone))
+
     def as_json(self) -> dict[str, object]:
         """The object documented in docs/CLI_JSON.md."""
         return {
             "ok": self.ok,
             "errors": [msgspec.to_builtins(fault) for fault in self.errors],
+            "notes": [msgspec.to_builtins(fault) for fault in self.notes],
             "expired": self.expired,
             "shredded": self.shredded,
             "tiles": self.tiles,
@@ -54,53 +73,80 @@ class FsckReport(msgspec.Struct, frozen=True):
 
 
 class Fsck:
-    """One check of a repository; reads everything, and changes only what differs from its cold copy."""
+    """One check of a repository; reads everything, and changes only what differs from its cold copy.
+
+    Args:
+        beside: what `catalog.files.examine` found, before the repository was opened or since.
+        rebuild: write again what follows from sound records: lists in packs, and zeros between records.
+        format: what him.json says; 0 where there is none.
+    """
 
     def __init__(
-        self, history: History, projection: Projection, store: WarmStore, progress: Progress | None = None
+        self,
+        history: History,
+        projection: Projection,
+        store: WarmStore,
+        progress: Progress | None = None,
+        *,
+        beside: Examined | None = None,
+        rebuild: bool = False,
+        format: int = 0,
     ) -> None:
         self._disk = store.disk
         self._history = history
         self._projection = projection
         self._store = store
         self._progress = progress or _silent
-        self._faults: dict[tuple[str, str], Fault] = {}
+        self._rebuild = rebuild
+        self._format = format
+        found = beside or Examined([], [])
+        self._faults = {(fault.object, fault.place): fault for fault in found.faults}
+        self._notes = {(fault.object, fault.place): fault for fault in found.notes}
         self._damaged: set[bytes] = set()
         self._partless: set[bytes] = set()
         self._seen: set[bytes] = set()
         self._tiles: set[tuple[bytes, bytes]] = set()
         self._expired: set[tuple[bytes, bytes]] = set()
+        self._ranges: dict[str, list[PackRange]] = {}
+        self._needed = 0
 
     def run(self) -> FsckReport:
-        """Check log, checkpoints, packs and reachability."""
+        """Check log, checkpoints, packs and reachability. Raises VersionError for a log of newer software."""
         with self._history.lease():
             return self._run()
 
     def _run(self) -> FsckReport:
+        checkpoints = self._disk.list(CHECKPOINT_FOLDER)
         try:
             self._history.refresh()
-        except HimError as error:
-            self._fault(error)
+        except (IntegrityError, StorageError) as error:
+            self._fault(error, "log", error.fix)
         told = self._told()
         live = self._projection.state()
         # The projection has no digests of its own. (At other records another process commits right now.)
         if told is not None and told.seq == live.seq and told != live:
-            fix = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
-            self._faults["catalog", "cache"] = Fault("catalog", "cache/projection.sqlite", "differs from the log", fix)
+            fault = Fault("catalog", "cache/projection.sqlite", "differs from the log", remedy.CACHE, "cache")
+            self._faults["catalog", "cache"] = fault
+        self._beyond(checkpoints, live.seq)
+        if 0 < self._format < self._needed:
+            text = f"it says format {self._format}, and the log has records of format {self._needed}"
+            self._faults[MARKER, MARKER] = Fault(MARKER, MARKER, text, REWRITE, "marker")
         there = (pack for pack in (told or live).packs if not pack.removed)
         packs = sorted(there, key=lambda pack: pack.name)
         size = 0
         for number, pack in enumerate(packs):
             self._progress(number, len(packs), pack.name)
             size += self._pack(pack)
-        self._history.refresh()
+        self._others({pack.name for pack in (told or live).packs})
         # Snapshots and names of one moment: others drop and name them meanwhile.
+        self._history.refresh()
         live = self._projection.state()
         for number, (_, found) in enumerate(live.snapshots):
             self._progress(number, len(live.snapshots), "snapshots")
             self._snapshot(found)
         self._refs(live)
-        return FsckReport(tuple(self._faults.values()), len(self._expired), 0, len(self._tiles), len(packs), size)
+        faults, notes = tuple(self._faults.values()), tuple(self._notes.values())
+        return FsckReport(faults, len(self._expired), 0, len(self._tiles), len(packs), size, notes)
 
     # -- the log
 
@@ -116,10 +162,11 @@ class Fsck:
                 continue
             if damage is not None:
                 since = f"; what it said before record {start.seq + 1} is taken from the checkpoint there"
-                self._fault(IntegrityError(damage.message + since, object=damage.object, place=damage.place))
+                error = IntegrityError(damage.message + since, object=damage.object, place=damage.place)
+                self._fault(error, "log", remedy.BRIDGED)
             return told
         if damage is not None:
-            self._fault(damage)
+            self._fault(damage, "log", remedy.BY_CACHE)
         return None
 
     def _checkpoints(self) -> dict[int, LiveState]:
@@ -129,6 +176,9 @@ class Fsck:
                 kept[seq] = checkpoint.load(self._history.log, seq)
             except NotFoundError:
                 continue  # A newer one has just taken its place.
+            except VersionError as error:
+                named = f"checkpoint {seq}"
+                self._note(Fault(named, error.place, error.message, remedy.NEWER_CHECKPOINT, "version"))
             except HimError as error:
                 self._checkpoint_fault(seq, error.message, error.place)
         return kept
@@ -136,28 +186,48 @@ class Fsck:
     def _fold(self, start: LiveState, kept: Mapping[int, LiveState]) -> LiveState:
         """The state at the log's end, folded from `start`; every checkpoint on the way must be the same."""
         fold = Fold(start)
+        self._ranges, self._needed = {}, 0
         for seq, digest, record in self._history.records(start.seq):
             fold.apply([(seq, digest, record)])
+            self._needed = max(self._needed, needed_format(record.operations))
+            for named in record.operations:
+                if isinstance(named, PackRange):
+                    self._ranges.setdefault(named.pack, []).append(named)
             if seq in kept and kept[seq] != fold.state():
                 self._checkpoint_fault(seq, "differs from the log")
         return fold.state()
 
     def _checkpoint_fault(self, seq: int, message: str, place: str = "") -> None:
         named = f"checkpoint {seq}"
-        fix = "delete the file: the log says the same, and a new one is written at the next mark"
-        self._faults[named, place] = Fault(named, place or "log/checkpoints", message, fix)
+        fault = Fault(named, place or CHECKPOINT_FOLDER, message, remedy.CHECKPOINT, "checkpoint")
+        self._faults[named, place] = fault
+
+    def _beyond(self, names: list[str], head: int) -> None:
+        """Checkpoints of records that the log does not have, though it had them when they were written."""
+        for name in names:
+            if not name.isdecimal() or int(name) <= head:
+                continue
+            path = f"{CHECKPOINT_FOLDER}/{name}"
+            try:
+                file = self._disk.open(path)
+                try:
+                    checkpoint.decode_file(file.read_at(0, min(file.size(), CHECKPOINT_BYTES_MAX)), path)
+                finally:
+                    file.close()
+            except NotFoundError:
+                continue
+            except HimError as error:
+                self._checkpoint_fault(int(name), error.message, path)
+                continue
+            text = f"the log ends at record {head} and there is a checkpoint of record {int(name)}: it is an older copy"
+            self._faults["commit log", path] = Fault("commit log", path, text, remedy.OLDER_LOG, "log")
 
     # -- packs
 
     def _pack(self, pack: PackState) -> int:
-        """Check all that belongs to a pack, once more each time it was put right; its size in bytes."""
+        """Check all that belongs to a pack, once more after it was put right; its size in bytes."""
         faults, damaged = dict(self._faults), set(self._damaged)
-        size = self._checked(pack)
-        for _ in range(MENDS_MAX):
-            if len(self._faults) == len(faults) or not self._store.mend(pack.name):
-                break
-            self._faults, self._damaged = dict(faults), set(damaged)
-            size = self._checked(pack)
+        size = self._examined(pack)
         if len(self._faults) > len(faults) and self._removed(pack.name):
             self._faults, self._damaged = faults, damaged
         return size
@@ -167,35 +237,108 @@ class Fsck:
         self._history.refresh()
         return any(removed and name == gone for gone, _, removed in self._projection.released(0))
 
-    def _checked(self, pack: PackState) -> int:
+    def _examined(self, pack: PackState) -> int:
         try:
             file = self._disk.open(pack.name)
         except HimError:
-            self._fault(IntegrityError("a pack is missing", object=pack.name, place=pack.name))
+            error = IntegrityError("a pack is missing", object=pack.name, place=pack.name)
+            self._fault(error, "pack", remedy.PACK)
             return 0
         try:
-            for error in check_pack(file, pack, self._content, self._store.repository_id):
-                self._fault(error)
+            errors, healed = self._checked(file, pack), False
+            for _ in range(MENDS_MAX):
+                if not errors or not self._store.mend(pack.name):
+                    break
+                errors, healed = self._checked(file, pack), True
+            if healed:
+                text = "it did not verify at first, and is as in the cold tier now"
+                self._note(Fault(pack.name, pack.name, text, "nothing: it was mended", "pack"))
+            if errors:
+                errors = self._relisted(file, pack, errors)
+            for error in errors:
+                self._pack_fault(error, pack.name)
             return file.size()
         finally:
             file.close()
 
-    def _content(self, found: layout.Record, place: str) -> None:
-        """Whether the stored bytes decode to what the blob_id names."""
+    def _checked(self, file: File, pack: PackState) -> list[HimError]:
+        """Every fault of a pack."""
+        found: list[HimError] = []
+
+        def look(record: layout.Record, place: str) -> None:
+            error = self._content(record, place)
+            if error is not None:
+                found.append(error)
+
+        found += check_pack(file, pack, look, self._store.repository_id)
+        return found
+
+    def _relisted(self, file: File, pack: PackState, errors: list[HimError]) -> list[HimError]:
+        """What is left of a pack's faults once all that follows from its records is written again.
+
+        The others are written right, or are faults with that remedy.
+        """
+        ranges = self._ranges.get(pack.name, []) if pack.finished else [named for _, named in pack.ranges]
+        wanted = repairs(file, pack.name, ranges, pack.finished, self._store.repository_id)
+        if self._store.resident(pack.name) is not None:
+            return errors  # The cold tier has it otherwise, or does not answer.
+        left = self._checked(cast("File", Repaired(file, wanted)), pack)
+        kept = {(error.object, error.place, error.message) for error in left}
+        lists = [error for error in errors if (error.object, error.place, error.message) not in kept]
+        written = bool(lists) and self._rebuild and self._written(file, pack.name, wanted)
+        for error in lists:
+            named = error.object if error.object in ("", pack.name) else f"a list ({error.object[:12]}…)"
+            if written:
+                text = f"{error.message}: it was written again"
+                self._note(Fault(named or pack.name, error.place, text, "nothing: it was mended", "list"))
+            else:
+                self._fault(IntegrityError(error.message, object=named, place=error.place), "list", remedy.RELIST)
+        return left
+
+    def _written(self, file: File, name: str, wanted: Repairs) -> bool:
+        """Write the repairs of a pack; whether the disk let us."""
+        try:
+            for offset, data in wanted.writes:
+                file.write_at(offset, data)
+            if wanted.size is not None and file.size() > wanted.size:
+                file.truncate(wanted.size)
+            file.sync()
+        except StorageError as error:
+            self._fault(error, "pack", error.fix)
+            return False
+        return True
+
+    def _pack_fault(self, error: HimError, pack: str) -> None:
+        if isinstance(error, VersionError):
+            self._fault(error, "version", remedy.NEWER)
+        elif error.object == pack and error.place == f"{pack} @ 0":
+            self._fault(error, "pack", remedy.FOREIGN_PACK)
+        else:
+            self._fault(error, "record" if error.object != pack else "pack", remedy.HEAL)
+
+    def _content(self, found: layout.Record, place: str) -> HimError | None:
+        """Whether the stored bytes decode to what the blob_id names, and whether the addresses know of them."""
         header = found.header
         try:
             if header.delta_depth or header.codec == CHUNKS:
                 self._store.read_tile(header.blob_id)
-            elif header.kind == KIND_TILE:
-                codec.decode(found.meta, header.codec, found.stored, expect=header.blob_id)
-            elif blob_id(header.kind, found.meta, found.stored) != header.blob_id:
-                raise IntegrityError(f"{KIND_NAMES.get(header.kind, 'record')} has another identity")
-        except IntegrityError as error:
-            if self._lacks_part(header.blob_id):
+            else:
+                tile = header.kind == KIND_TILE
+                payload = codec.unpack(found.meta, header.codec, found.stored) if tile else found.stored
+                if blob_id(header.kind, found.meta, payload) != header.blob_id:
+                    raise IntegrityError(f"{KIND_NAMES.get(header.kind, 'record')} has another identity")
+                if tile:
+                    codec.values_of(found.meta, payload)
+        except (IntegrityError, VersionError) as error:
+            if isinstance(error, IntegrityError) and self._lacks_part(header.blob_id):
                 # No fault while nothing refers to it: a restored log may end before the commit that it is of.
                 self._partless.add(header.blob_id)
-                return
-            self._fault(IntegrityError(error.message, object=header.blob_id.hex(), place=place))
+                return None
+            return type(error)(error.message, object=header.blob_id.hex(), place=place)
+        if header.kind not in (KIND_INDEX, KIND_FOOTER) and not self._store.has(header.blob_id):
+            text = f"the addresses do not know of the record at {place}"
+            self._faults[_ADDRESSES, _ADDRESSES] = Fault(_ADDRESSES, _ADDRESSES, text, remedy.CACHE, "cache")
+        return None
 
     def _lacks_part(self, blob: BlobId) -> bool:
         """Whether something that a tile is made of is not stored at all."""
@@ -207,9 +350,24 @@ class Fsck:
                     return True
                 found = self._store.read(blob)
                 waiting += self._store.parts(found)
-        except IntegrityError:
+        except (IntegrityError, VersionError):
             pass
         return False
+
+    def _others(self, named: set[str]) -> None:
+        """Packs that the log does not name: of interrupted commits, of other repositories, or of a longer log."""
+        whose = dict(owners(self._disk))
+        packs = [f"{PACK_FOLDER}/{name}" for name in self._disk.list(PACK_FOLDER) if name.endswith(".pack")]
+        for path in packs:
+            if path in named:
+                continue
+            own = whose.get(path, self._store.repository_id) == self._store.repository_id
+            text = "no record names it" if own else "another repository's pack"
+            self._note(Fault(path, path, text, remedy.ORPHAN if own else remedy.FOREIGN_FILE, "pack"))
+        ours = [path for path, owner in whose.items() if owner == self._store.repository_id]
+        if ours and named and named.isdisjoint(packs):
+            text = "it names none of the packs that are here, which are this repository's: it is another one's"
+            self._faults["commit log", LOG_PATH] = Fault("commit log", LOG_PATH, text, remedy.FOREIGN_LOG, "log")
 
     # -- what snapshots reach
 
@@ -227,9 +385,9 @@ class Fsck:
                             self._expired.add((blob, origin))
                             continue
                         what = "damaged" if blob in self._damaged else "missing a part" if partless else "missing"
-                        self._fault(
-                            IntegrityError(f"tile is {what}", object=f"{name} {key}", place=self._store.place(blob))
-                        )
+                        place = self._store.place(blob)
+                        error = IntegrityError(f"tile is {what}", object=f"{name} {key}", place=place)
+                        self._fault(error, "tile", remedy.HEAL)
 
     def _frames(self, root: bytes, snapshot: str) -> Iterator[Frame]:
         """Frames under directory nodes not visited before."""
@@ -239,7 +397,7 @@ class Fsck:
         try:
             node = directory.children(self._store, root)
         except HimError as error:
-            self._fault(_within(error, snapshot))
+            self._within(error, snapshot)
             return
         if not isinstance(node, tuple):
             for child, _ in node.values():
@@ -255,28 +413,40 @@ class Fsck:
             for row, column, entry in update.scan(self._store, frame.root, frame.root_height):
                 yield TileKey(frame.stream, frame.name, 0, row, column), entry.blob_id, entry.origin
         except HimError as error:
-            self._fault(_within(error, f"{snapshot} {frame}"))
+            self._within(error, f"{snapshot} {frame}")
 
     def _refs(self, live: LiveState) -> None:
         known = {str(one.snapshot_id) for _, one in live.snapshots}
         for name, kind, target in live.refs:
             if target not in known:
-                self._fault(IntegrityError(f"the {kind} names no snapshot", object=name, place="log"))
+                error = IntegrityError(f"the {kind} names no snapshot", object=name, place="log")
+                self._fault(error, "ref", remedy.REF.format(name=name))
 
-    def _fault(self, error: HimError) -> None:
+    def _fault(self, error: HimError, kind: str, fix: str) -> None:
         if len(error.object) == 64 and error.kind == "integrity":
             self._damaged.add(bytes.fromhex(error.object))
-        fault = fault_of(error)
+        fault = Fault(error.object or "repository", error.place, error.message, fix, kind)
         self._faults.setdefault((fault.object, fault.place), fault)
 
+    def _within(self, error: HimError, owner: str) -> None:
+        """What a snapshot, or a frame of one, cannot be read for."""
+        newer = isinstance(error, VersionError)
+        kind, fix = ("version", remedy.NEWER) if newer else ("tile", remedy.HEAL)
+        if isinstance(error, StorageError):
+            kind, fix = "pack", error.fix
+        named = f"{owner} {error.object[:12]}"
+        self._faults.setdefault((named, error.place), Fault(named, error.place, error.message, fix, kind))
 
-def fault_of(error: HimError) -> Fault:
-    """A fault as fsck lists it."""
-    return Fault(error.object or "repository", error.place, error.message, _RESTORE)
+    def _note(self, note: Fault) -> None:
+        self._notes.setdefault((note.object, note.place), note)
 
 
-def _within(error: HimError, owner: str) -> IntegrityError:
-    return IntegrityError(error.message, object=f"{owner} {error.object[:12]}", place=error.place)
+def unopened(disk: Disk, before: Examined, error: HimError) -> FsckReport:
+    """The report on a repository that `error` bars from opening."""
+    found = told_unopened(disk, error)
+    known = {fault.place for fault in before.faults}
+    faults = (*before.faults, *(fault for fault in found.faults if fault.place not in known))
+    return FsckReport(faults, 0, 0, 0, found.packs, found.size_bytes, (*before.notes, *found.notes))
 
 
 def _silent(_done: int, _total: int, _what: str) -> None:

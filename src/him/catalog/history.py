@@ -20,6 +20,7 @@ from him.catalog.changes import FrameChange
 from him.catalog.checkpoint import Fold
 from him.catalog.group import Begun, Queue, Request
 from him.catalog.lease import Lease, Leases
+from him.catalog.log import parsed
 from him.catalog.retention import held, rules
 from him.config import CHECKPOINT_RECORDS, STREAMS
 from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, SealedError, UsageError
@@ -149,12 +150,9 @@ class History:
             self.log.commit(build)
 
     def records(self, since: int = 0) -> Iterator[tuple[int, bytes, CommitRecord]]:
-        """(seq, hash, record) after `since`, oldest first. Raises IntegrityError."""
+        """(seq, hash, record) after `since`, oldest first. Raises IntegrityError, VersionError."""
         for seq, digest, body in self.log.read(since):
-            try:
-                yield seq, digest, msgspec.msgpack.decode(body, type=CommitRecord)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise IntegrityError(f"a commit record does not parse: {error}", object=f"record {seq}") from error
+            yield seq, digest, parsed(seq, body)
 
     def snapshot(self, name: str) -> Snapshot:
         """The snapshot that a branch, a tag or an id (or an unambiguous beginning of one) names.

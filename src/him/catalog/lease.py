@@ -125,5 +125,9 @@ class Leases:
             data = file.read_at(0, _FLOOR_BYTES + 32)
         finally:
             file.close()
-        floor = data[:_FLOOR_BYTES]
-        return int.from_bytes(floor, "little") if blake3(floor).digest() == data[_FLOOR_BYTES:] else 0
+        return int.from_bytes(data[:_FLOOR_BYTES], "little") if verifies(data) else 0
+
+
+def verifies(data: bytes) -> bool:
+    """Whether these are the bytes of a lease, with their digest."""
+    return blake3(data[:_FLOOR_BYTES]).digest() == data[_FLOOR_BYTES:]

@@ -16,15 +16,17 @@ import contextlib
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Final, Protocol, get_args
 
+import msgspec
 from blake3 import blake3
 
 from him.catalog import checkpoint as checkpoints
 from him.catalog.checkpoint import HEAD_BYTES, Mark
 from him.config import CHECKPOINT_BYTES_MAX, CHECKPOINTS_KEPT, LOG_RECORD_BYTES_MAX
-from him.errors import HimError, IntegrityError, LimitError, NotFoundError, StorageError
+from him.errors import HimError, IntegrityError, LimitError, NotFoundError, StorageError, VersionError
 from him.ports import Disk, File
+from him.types import CommitRecord, Operation
 
 LOG_PATH: Final = "log/000001.log"
 END_PATH: Final = "log/end"
@@ -37,10 +39,16 @@ _SIZE: Final = 4
 _LEAST: Final = _HEAD.size + _DIGEST + _SIZE
 _TRIES: Final = 5
 _END: Final = struct.Struct("<QQ32s")
+END_BYTES: Final = _END.size + _DIGEST
+"""Of the file that says where the published log ends; the digest is the last 32."""
 _START: Final = Mark(0, 0, bytes(32))
 _NAME_DIGITS: Final = 16
 _WALK_MAX: Final = 100
 """Records walked back from the end before checkpoints are asked for a nearer place."""
+
+
+_decoder: Final = msgspec.msgpack.Decoder(CommitRecord)
+_KNOWN: Final = {str(kind.__struct_config__.tag) for kind in get_args(Operation)}
 
 
 class FileLog:
@@ -89,10 +97,19 @@ class FileLog:
         while seq < last.seq:
             record = _parse(self._file, offset, seq + 1, before)
             if record is None or record[2] > last.end:
-                raise _damaged(seq + 1, offset)
+                raise self._broken(seq + 1, offset)
             body, before, offset = record
             seq += 1
             yield seq, before, body
+
+    def _broken(self, seq: int, offset: int) -> IntegrityError:
+        """What is wrong with a record below the published end."""
+        if offset >= self._file.size() or cut_short(self._file, offset):
+            return IntegrityError(
+                "the commit log is cut short, or an older copy of it", object=f"record {seq}",
+                place=f"{LOG_PATH} @ {offset}",
+            )  # fmt: skip
+        return _damaged(seq, offset)
 
     def published(self, start: int, limit: int) -> bytes:
         """At most `limit` bytes of the log's file from an offset on, up to the published end."""
@@ -297,7 +314,7 @@ class FileLog:
         """What the end file says; None when it is damaged."""
         for _ in range(_TRIES):
             # A reader may see half of what a writer is just publishing; the next look sees it whole.
-            data = self._end.read_at(0, _END.size + _DIGEST)
+            data = self._end.read_at(0, END_BYTES)
             if not data:
                 return _START
             if blake3(data[: _END.size]).digest() == data[_END.size :]:
@@ -319,7 +336,15 @@ def _checkpoint_path(seq: int) -> str:
     return f"{CHECKPOINT_FOLDER}/{seq:0{_NAME_DIGITS}d}"
 
 
-def _parse(file: File, offset: int, seq: int, before: bytes) -> tuple[bytes, bytes, int] | None:
+class Readable(Protocol):
+    """Bytes by place: a file, or the pieces of one."""
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Up to `size` bytes; fewer at the end alone."""
+        ...
+
+
+def _parse(file: Readable, offset: int, seq: int, before: bytes) -> tuple[bytes, bytes, int] | None:
     """(body, hash, next offset) of the record `seq` that follows the hash `before`, or None."""
     head = file.read_at(offset, _HEAD.size)
     if len(head) < _HEAD.size:
@@ -333,6 +358,32 @@ def _parse(file: File, offset: int, seq: int, before: bytes) -> tuple[bytes, byt
     if total != whole.to_bytes(_SIZE, "little") or blake3(head + body).digest() != digest:
         return None
     return body, digest, offset + whole
+
+
+def parsed(seq: int, body: bytes) -> CommitRecord:
+    """The record behind a body whose digest holds: what does not parse is not damaged, but newer.
+
+    Raises:
+        VersionError: it holds operations, or members of them, that this software does not know.
+    """
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise VersionError(
+            f"a commit record holds {_news(body, error)}", object=f"record {seq}", place=LOG_PATH
+        ) from error
+
+
+def _news(body: bytes, error: Exception) -> str:
+    """What of a record is new, in words."""
+    try:
+        _, _, operations = msgspec.msgpack.decode(body)
+        names = {str(operation[0])[:40] for operation in operations}
+        if unknown := sorted(names - _KNOWN):
+            return f"operations of newer software: {', '.join(unknown)}"
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, TypeError, IndexError, KeyError):
+        pass
+    return f"what newer software says ({error})"
 
 
 def _damaged(seq: int, offset: int) -> IntegrityError:
@@ -360,6 +411,17 @@ def records_in(file: File) -> Iterator[tuple[int, bytes, bytes, int]]:
         body, before, offset = record
         seq += 1
         yield seq, before, body, offset
+
+
+def record_at(file: Readable, offset: int, seq: int, before: bytes) -> bytes:
+    """All bytes of the record `seq` that follows the hash `before`, as they stand at an offset; b"" when it is not."""
+    record = _parse(file, offset, seq, before)
+    return b"" if record is None else file.read_at(offset, record[2] - offset)
+
+
+def hash_of(record: bytes) -> bytes:
+    """The hash that the record after it names."""
+    return record[-_SIZE - _DIGEST : -_SIZE]
 
 
 def cut_short(file: File, offset: int) -> bool:

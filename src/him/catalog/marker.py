@@ -1,13 +1,26 @@
-"""`him.json`: which repository a folder, or a cold tier, is of, and which log records there may be (docs/FORMAT.md)."""
+"""`him.json`: which repository a folder, or a cold tier, is of, and which log records there may be (docs/FORMAT.md).
 
+It carries its own digest (design/013-negotiation.md). The first two formats had none, so one that says 1 or 2 may do
+without it; then only exactly the bytes that the software of that time wrote are taken for whole.
+"""
+
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
 
 from him.config import REPOSITORY_FORMAT
 from him.errors import IntegrityError, VersionError
+from him.sealed import holds, sealed
+from him.types import Operation, PackCondemned, PackRemoved, RetentionSet, TilesExpired
 
 MARKER: Final = "him.json"
+MARKER_BYTES_MAX: Final = 4096
+REWRITE: Final = "run `him fsck --rebuild`: it is written again from what packs and log say"
+_UNSEALED_FORMAT_MAX: Final = 2
+_SINCE: Final[dict[type[Operation], int]] = {PackCondemned: 2, PackRemoved: 2, RetentionSet: 2, TilesExpired: 2}
+"""The format that first had an operation; those that are not named were always there."""
+_ID_DIGITS: Final = 32
 
 
 class Marker(msgspec.Struct, frozen=True):
@@ -19,33 +32,48 @@ class Marker(msgspec.Struct, frozen=True):
 
     def encoded(self) -> bytes:
         """The bytes of the file."""
-        return msgspec.json.encode(self) + b"\n"
+        return sealed(self)
 
     def raised(self) -> "Marker":
         """The marker once records of the newest format are written."""
         return msgspec.structs.replace(self, format=max(self.format, REPOSITORY_FORMAT))
 
 
+class _Header(msgspec.Struct):
+    format: int
+
+
 def parsed(data: bytes, place: str) -> Marker:
     """The marker in a file at `place`.
 
     Raises:
-        IntegrityError: it is none. VersionError: written by newer software.
+        IntegrityError: it is none, or is damaged. VersionError: written by newer software.
     """
     try:
-        marker = msgspec.json.decode(data, type=Marker)
-        bytes.fromhex(marker.repository_id)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise IntegrityError(f"{MARKER} does not parse ({error})", object=MARKER, place=place) from error
-    if marker.format > REPOSITORY_FORMAT:
-        raise VersionError(f"the repository has format {marker.format}, this software knows {REPOSITORY_FORMAT}")
+        if holds(data):
+            known = msgspec.json.decode(data, type=_Header).format
+            if known > REPOSITORY_FORMAT:
+                raise VersionError(
+                    f"the repository has format {known}, this software knows formats up to {REPOSITORY_FORMAT}",
+                    object=MARKER, place=place,
+                )  # fmt: skip
+            marker = msgspec.json.decode(data, type=Marker)
+        else:
+            marker = msgspec.json.decode(data, type=Marker)
+            if data != msgspec.json.encode(marker) + b"\n" or not 1 <= marker.format <= _UNSEALED_FORMAT_MAX:
+                raise IntegrityError(f"{MARKER} is damaged", object=MARKER, place=place, fix=REWRITE)
+        if len(bytes.fromhex(marker.repository_id).hex()) != _ID_DIGITS:
+            raise ValueError("an id of another length")
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"{MARKER} does not parse ({error})", object=MARKER, place=place, fix=REWRITE) from error
     return marker
 
 
-def same_repository(one: bytes, other: bytes) -> bool:
-    """Whether two markers are of one repository, whatever their formats."""
-    try:
-        first, second = (msgspec.json.decode(data, type=Marker) for data in (one, other))
-    except msgspec.MsgspecError:
-        return False
-    return first.repository_id == second.repository_id
+def same_repository(copy: bytes, repository_id: str, place: str) -> bool:
+    """Whether a marker at a place, is of this repository. Raises VersionError, IntegrityError."""
+    return parsed(copy, place).repository_id == repository_id
+
+
+def needed_format(operations: Iterable[Operation]) -> int:
+    """The lowest format in which there may be these operations."""
+    return max((_SINCE.get(type(operation), 1) for operation in operations), default=1)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 
 from him.catalog.checkpoint import Fold
-from him.catalog.log import END_PATH, LOG_PATH, FileLog, cut_short, records_in
+from him.catalog.log import END_PATH, LOG_PATH, FileLog, cut_short, parsed, records_in
 from him.config import COLD_FLIGHT_MAX, COLD_PART_BYTES
 from him.errors import HimError, IntegrityError, NotFoundError
 from him.ports import Clock, Disk, File, ObjectStore
@@ -118,10 +118,7 @@ def _bytes_of(cold: ObjectStore, piece: Piece) -> memoryview:
 
 def _records(file: File) -> Iterator[tuple[int, bytes, CommitRecord, int]]:
     for seq, digest, body, end in records_in(file):
-        try:
-            yield seq, digest, msgspec.msgpack.decode(body, type=CommitRecord), end
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise IntegrityError(f"a commit record does not parse: {error}", object=f"record {seq}") from error
+        yield seq, digest, parsed(seq, body), end
 
 
 def _cut(file: File, cold: ObjectStore, progress: Progress) -> _Cut:

@@ -90,7 +90,7 @@ def _ranges(file: File, name: str, end: int, look: Look) -> Generator[HimError, 
     begun, sound = layout.FILE_HEADER_BYTES, True
     for offset, found in walk(file, name, begun, end):
         place = f"{name} @ {offset}"
-        if isinstance(found, IntegrityError):
+        if isinstance(found, HimError):
             yield found
             sound = False
             continue

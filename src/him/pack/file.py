@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 from him.config import META_BYTES_MAX, PACK_ALIGN_BYTES
-from him.errors import IntegrityError
+from him.errors import HimError, IntegrityError
 from him.pack import format as layout
 from him.pack import merkle
 from him.ports import File
@@ -164,16 +164,16 @@ def walk_rows(file: File, name: str, start: int, end: int) -> layout.Rows:
         [
             (found.header.blob_id, offset, found.header.record_size, found.header.kind, found.header.delta_depth)
             for offset, found in walk(file, name, start, end)
-            if not isinstance(found, IntegrityError) and found.header.kind not in (KIND_INDEX, KIND_FOOTER)
+            if not isinstance(found, HimError) and found.header.kind not in (KIND_INDEX, KIND_FOOTER)
         ]
     )
 
 
-def walk(file: File, name: str, start: int, end: int) -> Iterator[tuple[int, layout.Record | IntegrityError]]:
+def walk(file: File, name: str, start: int, end: int) -> Iterator[tuple[int, layout.Record | HimError]]:
     """Every record in [start, end), each verified, with the zeros between them.
 
-    Damage is yielded, not raised. When a header can't be trusted the walk goes on at the next offset where a
-    header verifies.
+    Damage, and what only newer software can read, is yielded, not raised. When a header can't be trusted the walk goes
+    on at the next offset where a header verifies.
     """
     offset = start
     while offset < end:
@@ -186,7 +186,7 @@ def walk(file: File, name: str, start: int, end: int) -> Iterator[tuple[int, lay
         size = layout.decode_header(head, place).record_size
         try:
             yield offset, layout.decode_record(file.read_at(offset, size), place)
-        except IntegrityError as error:
+        except HimError as error:
             yield offset, error
         after = layout.aligned(offset + size)
         if file.read_at(offset + size, after - offset - size).count(0) != after - offset - size:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from him.config import FORMAT_VERSION, META_BYTES_MAX, PACK_ALIGN_BYTES, PAYLOAD_ALIGN_BYTES, PAYLOAD_ALIGN_FROM_BYTES
 from him.errors import IntegrityError, VersionError
-from him.tile.address import blob_id
+from him.tile.address import KIND_NAMES, blob_id
 from him.types import BlobId
 
 FILE_HEADER_BYTES: Final = 128
@@ -25,6 +25,8 @@ _TRAILER_MAGIC: Final = b"HIMPKEND"
 _NO_ID: Final = bytes(16)
 _RAW: Final = 0
 """The codec of payloads stored as they are (`tile.codec.RAW`)."""
+_CODEC_MAX: Final = 6
+"""The last one there is (`tile.chunks.CHUNKS`)."""
 
 # magic, version, kind, codec, header length, padding length, stored length, raw length, blob_id, stored digest,
 # delta base, delta depth, flags, reserved, key id, nonce, origin, parity group, reserved
@@ -121,6 +123,20 @@ def repository_of(data: bytes) -> bytes:
     return data[16:32]
 
 
+def pack_of(data: bytes) -> bytes:
+    """Its own id: the 16 bytes in a file header that `check_file_header` let pass."""
+    return data[32:48]
+
+
+def may_grow(data: bytes, repository_id: bytes) -> bool:
+    """Whether a file header is one to write records behind: this repository's, sound and of no newer format."""
+    try:
+        check_file_header(data, "")
+    except (IntegrityError, VersionError):
+        return False
+    return repository_of(data) == repository_id
+
+
 def encode_record(offset: int, draft: Draft) -> Encoded:
     """The record as it stands at `offset`, with zeros up to the next aligned offset.
 
@@ -179,7 +195,8 @@ def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = 
 
     Raises:
         IntegrityError: any byte of header, meta, padding or payload that is not as digested.
-        VersionError: a record of a newer format (its header verifies, so that it is no damage).
+        VersionError: a record of a newer format (its header verifies, so that it is no damage): its version, a flag, a
+            key, a kind or a codec is not known.
     """
     header = decode_header(data, place)
     body = RECORD_HEADER_BYTES + header.meta_size
@@ -187,8 +204,11 @@ def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = 
         raise IntegrityError("record header does not match its digest", object=header.blob_id.hex(), place=place)
     if data[4] | data[5] << 8 > FORMAT_VERSION:
         raise VersionError("the record was written by a newer format", object=header.blob_id.hex(), place=place)
-    if header.flags:
-        raise VersionError("the record has a flag of a newer format", object=header.blob_id.hex(), place=place)
+    if header.flags or any(header.key_id):
+        raise VersionError("the record has a flag or a key of a newer format", object=header.blob_id.hex(), place=place)
+    if header.kind not in KIND_NAMES or header.codec > _CODEC_MAX:
+        told = f"kind {header.kind}" if header.kind not in KIND_NAMES else f"codec {header.codec}"
+        raise VersionError(f"the record is of a newer format ({told})", object=header.blob_id.hex(), place=place)
     if expect is not None and header.blob_id != expect:
         raise IntegrityError(
             f"another record lies here ({header.blob_id.hex()[:12]}…)", object=expect.hex(), place=place

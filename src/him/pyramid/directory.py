@@ -15,7 +15,7 @@ import msgspec
 from blake3 import blake3
 
 from him.config import DIRECTORY_FANOUT, DIRECTORY_LEAF_RECORDS
-from him.errors import IntegrityError
+from him.errors import IntegrityError, VersionError
 from him.pyramid.page import PageStore
 from him.tile.address import KIND_DIRECTORY
 from him.types import Frame
@@ -147,6 +147,8 @@ def _load(store: PageStore, root: bytes) -> Node:
 
 def _parse(payload: bytes) -> Node:
     magic, body = payload[:4], payload[4:]
+    if magic[:2] == _LEAF[:2] and magic not in (_LEAF, _INNER):
+        raise VersionError("the directory node is of a newer format")
     if magic == _LEAF:
         try:
             return msgspec.msgpack.decode(body, type=tuple[Frame, ...])

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from him.config import PAGE_SIDE
-from him.errors import IntegrityError
+from him.errors import IntegrityError, VersionError
 from him.tile.address import KIND_PAGE
 from him.types import BlobId, Entry
 
@@ -126,8 +126,10 @@ def decode(payload: bytes) -> Page:
     """Parse a page.
 
     Raises:
-        IntegrityError: not a page, or a length that does not fit the bitmap.
+        IntegrityError: not a page, or a length that does not fit the bitmap. VersionError: a page of a newer format.
     """
+    if payload[:3] == _MAGIC[:3] and payload[3:4] != _MAGIC[3:]:
+        raise VersionError("the page is of a newer format")
     if len(payload) < _HEAD or not payload.startswith(_HEADS[payload[4]]):
         raise IntegrityError("not a page")
     height, bitmap = payload[4], int.from_bytes(payload[8:_HEAD], "little")

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from him.catalog.reader import SnapshotReader
 from him.config import EMBEDDING_DIMS
-from him.errors import IntegrityError, NotFoundError
+from him.errors import IntegrityError, NotFoundError, VersionError
 from him.index import FrameScene, SnapshotRows
+from him.perception.scene import SCENE_VERSION
 from him.types import Entry, Scene, TileKey
 
 _SCENES_KEPT: Final = 4096
@@ -56,10 +57,20 @@ class RowCache:
         return known
 
 
+class _Version(msgspec.Struct):
+    version: int
+
+
 def _parsed(reader: SnapshotReader, name: str, *, with_vectors: bool) -> FrameScene:
     try:
-        scene = msgspec.json.decode(reader.document("scene", name), type=Scene)
-    except msgspec.MsgspecError as error:
+        document = reader.document("scene", name)
+        version = msgspec.json.decode(document, type=_Version).version
+        if version > SCENE_VERSION:
+            raise VersionError(
+                f"the scene has version {version}, this software knows {SCENE_VERSION}", object=f"scene:{name}"
+            )
+        scene = msgspec.json.decode(document, type=Scene)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"a scene does not parse: {error}", object=f"scene:{name}") from error
     vectors = np.zeros((0, EMBEDDING_DIMS), dtype=np.int8)
     if with_vectors:

@@ -1,18 +1,19 @@
 """A trace: what a run was asked, what came from outside, and the digest of every step and of the answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 import msgspec
 from blake3 import blake3
 
-from him.errors import HimError, IntegrityError, NotFoundError, UsageError
+from him.errors import HimError, IntegrityError, NotFoundError, UsageError, VersionError
 from him.ports import Disk
-from him.types import TRACE_PREFIX
+from him.types import TRACE_PREFIX, Fault
 
 FOLDER: Final = "spool"
 _VERSION: Final = 1
 _BYTES_MAX: Final = 64 * 1024 * 1024
+_FIX: Final = "delete the file: what it recorded cannot be proved any more"
 
 
 class Effect(msgspec.Struct, frozen=True, array_like=True):
@@ -167,11 +168,59 @@ def load(disk: Disk, trace_id: str) -> Trace:
     except NotFoundError as error:
         raise NotFoundError("no such trace", object=trace_id, fix="see the trace_id of an answer") from error
     try:
-        return msgspec.json.decode(file.read_at(0, _BYTES_MAX), type=Trace)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"the trace does not parse ({error})", object=trace_id, place=path) from error
+        return parsed(file.read_at(0, _BYTES_MAX), trace_id, path)
     finally:
         file.close()
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+def parsed(data: bytes, trace_id: str, path: str) -> Trace:
+    """The trace behind the bytes of a file.
+
+    Raises:
+        IntegrityError: no trace at all. VersionError: one of newer software.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).version
+        # A version that does not match the digest is no newer one: its replay tells.
+        if version > _VERSION and not _altered(data):
+            raise VersionError(
+                f"the trace has version {version}, this software knows {_VERSION}", object=trace_id, place=path
+            )
+        return msgspec.json.decode(data, type=Trace)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise IntegrityError(f"the trace does not parse ({error})", object=trace_id, place=path) from error
+
+
+def _altered(data: bytes) -> bool:
+    """Whether this is a trace of ours whose version alone was changed."""
+    try:
+        return msgspec.structs.replace(msgspec.json.decode(data, type=Trace), version=_VERSION).whole
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+
+
+def faults(disk: Disk) -> Iterator[Fault]:
+    """What is wrong with traces in the spool: a part of fsck."""
+    for trace_id in names(disk):
+        path = f"{FOLDER}/{trace_id}.json"
+        try:
+            file = disk.open(path)
+        except NotFoundError:
+            continue
+        try:
+            data = file.read_at(0, _BYTES_MAX)
+            if not parsed(data, trace_id, path).whole:
+                yield Fault(trace_id, path, "the trace does not match its digest", _FIX, "trace")
+        except IntegrityError as error:
+            yield Fault(trace_id, path, error.message, _FIX, "trace")
+        except VersionError as error:
+            yield Fault(trace_id, path, error.message, error.fix, "version")
+        finally:
+            file.close()
 
 
 def names(disk: Disk) -> list[str]:

@@ -1,5 +1,6 @@
 """The production modules of one repository, put together as `app` does it, over simulated ports."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -7,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from him.adapters.sqlite import SqliteProjection
+from him.care import CareHandle
+from him.catalog import spare
 from him.catalog.fsck import Fsck, FsckReport
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import History
@@ -14,14 +17,19 @@ from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
 from him.catalog.transfer import Side
 from him.config import EMBEDDING_DIMS
+from him.errors import HimError
 from him.ingest import Ingest
+from him.pack.galois import product
 from him.ports import Clock, Disk, ObjectStore, Rng
+from him.tier.care import Journal
 from him.tier.cold import Claim
 from him.tier.mirror import Mirror
+from him.tier.protect import Parity, Shape
 from him.tier.warm import WarmStore
 
 REPOSITORY_ID: Final = bytes(range(16))
-BUDGET_BYTES: Final = 512 * 1024
+BUDGET_BYTES: Final = 768 * 1024
+PARITY: Final = Shape(3, 1)
 
 
 class SimMemo:
@@ -70,16 +78,27 @@ class Rooms:
         self.log = FileLog(disk)
         self.projection = SqliteProjection(None)
         self.mirror = None if cold is None else Mirror(disk, cold, clock, budget_bytes, claim=claim)
-        self.store = WarmStore(disk, self.projection, rng, REPOSITORY_ID, self.mirror)
+        self.journal = Journal(disk, clock)
+        parity = self.parity = Parity(
+            self.mirror or disk, product, REPOSITORY_ID, lambda: self.history.finished_packs(), self.journal,
+            shape=PARITY, write=self.mirror and self.mirror.put_back, drop=lambda name: self.store.let_go(name),
+        )  # fmt: skip
+        self.store = WarmStore(
+            disk, self.projection, rng, REPOSITORY_ID, self.mirror, journal=self.journal, parity=parity
+        )
         self.history = History(self.log, self.projection, self.store, memo, clock, rng, writer)
         self.history.refresh()
         if self.mirror is not None:
-            self.mirror.watch(self.history.finished_packs, self.log.published)
+            self.mirror.watch(lambda: [*self.history.finished_packs(), *parity.files()], self.log.published)
         self.ingest = Ingest(self.history, self.store, memo, clock, Unseeing(), Unseeing())
 
     def reader(self, directory: bytes, *, critical: bool = False) -> SnapshotReader:
         """Read access at a directory."""
         return SnapshotReader(self.store, self.memo, directory, critical=critical)
+
+    def care(self) -> CareHandle:
+        """Parity, scrubbing and healing."""
+        return CareHandle(self.disk, self.store, self.history, self.projection, self.log, self.journal, self.clock)
 
     def side(self) -> Side:
         """What a transfer needs."""
@@ -95,7 +114,10 @@ class Rooms:
 
     def close(self) -> None:
         """Release everything, as `app.Repository.close` does."""
+        with contextlib.suppress(HimError):
+            spare.keep(self.disk, self.log)
         self.store.close()
+        self.journal.close()
         if self.mirror is not None:
             self.mirror.close()
         self.history.leases.close()

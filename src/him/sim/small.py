@@ -34,6 +34,8 @@ LIMITS: Final[dict[str, float]] = {
     "OPEN_PACKS_MAX": 4,
     "COLLECT_COPY_BYTES": 8 * 1024,
     "PIN_TOUCHES": 3,
+    "PARITY_CHUNK_BYTES": 4096,
+    "CARE_JOURNAL_BYTES_MAX": 4096,
 }
 
 

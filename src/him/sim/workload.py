@@ -637,6 +637,22 @@ def measure(process: Process, rooms: Rooms, rng: Random) -> None:
     stats.measure(rooms.history, rooms.projection, rooms.store, lambda *_: None)
 
 
+def protect(process: Process, rooms: Rooms, rng: Random) -> None:
+    """Bring parity up to date."""
+    rooms.care().protect(all=rng.random() < 0.5)
+
+
+def scrub(process: Process, rooms: Rooms, rng: Random) -> None:
+    """Read what is stored, for a while, and mend what is damaged."""
+    for _, _ in zip(range(rng.randrange(1, 8)), rooms.care().scrub(copies=rng.random() < 0.3), strict=False):
+        pass
+
+
+def heal(process: Process, rooms: Rooms, rng: Random) -> None:
+    """Mend all that can be mended."""
+    rooms.care().heal()
+
+
 def reopen(process: Process, rooms: Rooms, rng: Random) -> None:
     """Close the repository, or (as often) let the process be killed at once."""
     process.close()
@@ -782,6 +798,9 @@ KINDS: Final[dict[str, Work]] = {
     "fsck": Work(1, fsck, False),
     "rebuild": Work(1, rebuild, False),
     "measure": Work(1, measure, False),
+    "protect": Work(3, protect, True, (BusyError,)),
+    "scrub": Work(3, scrub, False, (BusyError,)),
+    "heal": Work(1, heal, False, (BusyError,)),
     "reopen": Work(5, reopen, False),
     "push": Work(8, push, True, (ConflictError,)),
     "demote": Work(8, demote, False),

@@ -11,7 +11,7 @@ A segment keeps its columns apart, so that a search by name stays in few lines o
 import contextlib
 import struct
 from bisect import bisect_left
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -113,12 +113,14 @@ class AddressIndex:
         """Numbers of packs whose rows lead nowhere any more."""
         self.condemned: frozenset[int] = frozenset()
         """Numbers of packs that can be read and must not be relied on."""
+        self.lost: frozenset[int] = frozenset()
+        """Numbers of packs that are missing though they should be there: as those of `bad`, all they hold."""
         self.bad: frozenset[tuple[int, int]] = frozenset()
         """Packs' numbers and offsets of damaged records: found where there is no other, and never relied on."""
 
     def load(self, head: int) -> None:
         """Map the segments that are there; damaged ones, leftovers and those beyond `head` are removed."""
-        found = [self._mapped(f"{_FOLDER}/{name}") for name in self._disk.list(_FOLDER)]
+        found = [self.mapped(f"{_FOLDER}/{name}") for name in self._disk.list(_FOLDER)]
         while True:
             fitting = [one for one in found if one.since == self.position < one.until <= head]
             if not fitting:
@@ -142,11 +144,18 @@ class AddressIndex:
 
     def find(self, blob: BlobId) -> Location | None:
         """Where the least deep record of a blob lies (of equally deep ones the newest), or None."""
-        found = self._found(blob, self.removed, self.bad)
-        return self._found(blob, self.removed) if found is None and self.bad else found
+        found = self._found(blob, self.removed | self.lost, self.bad)
+        return self._found(blob, self.removed) if found is None and (self.bad or self.lost) else found
 
     def _relied(self, blob: BlobId, avoid: Set[int] = frozenset()) -> Location | None:
-        return self._found(blob, self.removed | self.condemned | avoid, self.bad)
+        return self._found(blob, self._unreliable() | avoid, self.bad)
+
+    def doubtful(self) -> bool:
+        """Whether there is any record, or pack, that may not be relied on."""
+        return bool(self._unreliable() or self.bad)
+
+    def _unreliable(self) -> frozenset[int]:
+        return self.removed | self.condemned | self.lost
 
     def _found(self, blob: BlobId, avoid: Set[int], bad: Set[tuple[int, int]] = frozenset()) -> Location | None:
         found = self._tail.get(blob)
@@ -175,7 +184,7 @@ class AddressIndex:
         """Whether each blob is in no pack that may be relied on: for many blobs at once far cheaper than `find`."""
         if len(blobs) < _FEW:
             return [self._relied(blob) is None for blob in blobs]
-        tail, avoid, bad = self._tail, self.removed | self.condemned, self.bad
+        tail, avoid, bad = self._tail, self._unreliable(), self.bad
         absent = np.array([(at := tail.get(blob)) is None or at.pack in avoid or at[:2] in bad for blob in blobs])
         for number in np.flatnonzero(absent):
             if blobs[number] in self._others:
@@ -270,7 +279,7 @@ class AddressIndex:
             self._disk.write_whole(path, head + bytes(_HEAD - len(head)), *table.columns())
         except HimError:
             return None
-        made = self._mapped(path)
+        made = self.mapped(path)
         # Another process may have put its own there, or removed it as a leftover.
         return made if made.digest == digest else _Segment(path, since, self.position, table, digest)
 
@@ -286,7 +295,7 @@ class AddressIndex:
         rows = [(at.pack, at.offset // PACK_ALIGN_BYTES, at.length, at.depth) for _, at in held]
         return _named(names, np.array(rows, dtype=PLACE))
 
-    def _mapped(self, path: str) -> _Segment:
+    def mapped(self, path: str) -> _Segment:
         """The segment in a file; one without rows that fits nowhere when the file is not whole.
 
         The rows' digest is not checked here (320 MB at ten million rows): a wrong row leads to a record that says
@@ -311,6 +320,15 @@ class AddressIndex:
         highs, lows = (np.frombuffer(body[at * count : (at + 8) * count], dtype=np.uint64) for at in (0, 8))
         table = _Table(highs, lows, np.frombuffer(body[16 * count :], dtype=PLACE))
         return _Segment(path, since, until, table, head[24:56])
+
+
+def damaged_segments(disk: Disk) -> Iterator[str]:
+    """Paths of segments that do not hold what they were written with; reads them all."""
+    index = AddressIndex(disk)
+    for name in disk.list(_FOLDER):
+        segment = index.mapped(f"{_FOLDER}/{name}")
+        if segment.until < 0 or segment.table.digest() != segment.digest:
+            yield segment.path
 
 
 def _addresses(rows: Rows, pack: int) -> _Table:

@@ -80,11 +80,14 @@ def receipt_of(cold: ObjectStore, pack: str) -> Receipt | None:
     return found
 
 
-def digest_of(cold: ObjectStore, pack: str, size: int) -> str:
-    """BLAKE3 of an object, read in full."""
+def digest_of(cold: ObjectStore, pack: str, size: int, pace: Callable[[int], None] | None = None) -> str:
+    """BLAKE3 of an object, read in full; `pace` is told of every part."""
     digest = blake3()
     for start in range(0, size, COLD_PART_BYTES):
-        digest.update(cold.get_ranges(pack, [(start, min(COLD_PART_BYTES, size - start))])[0])
+        part = cold.get_ranges(pack, [(start, min(COLD_PART_BYTES, size - start))])[0]
+        digest.update(part)
+        if pace is not None:
+            pace(len(part))
     return digest.hexdigest()
 
 

@@ -30,11 +30,11 @@ def decode(line: bytes, kind: type[_T]) -> _T | None:
 
 def read(file: File, start: int, kind: type[_T]) -> Iterator[tuple[_T | None, int]]:
     """What the whole lines from an offset on say, and where each ends; None for a damaged one."""
-    for line in file.read_at(start, max(0, file.size() - start)).splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
-        start += len(line)
-        yield decode(line, kind), start
+    # Nothing but a line feed ends a line: `splitlines` would let a rotten byte (a carriage return) end them all.
+    *whole, _ = file.read_at(start, max(0, file.size() - start)).split(b"\n")
+    for line in whole:
+        start += len(line) + 1
+        yield decode(line + b"\n", kind), start
 
 
 def append(file: File, end: int, value: msgspec.Struct) -> int:

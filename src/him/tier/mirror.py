@@ -46,7 +46,7 @@ from him.types import PackFinished
 
 FOLDER: Final = "cold"
 PACKS: Final = "packs/"
-_RECEIPTS: Final = f"{FOLDER}/receipts"
+RECEIPTS: Final = f"{FOLDER}/receipts"
 _HOTNESS: Final = f"{FOLDER}/hotness"
 
 _Names = list[str]
@@ -145,7 +145,7 @@ class Mirror:
         self._mover = _Mover(self.push_all) if background and not read_only else None
         self._read_only = read_only
         self._account = Account(disk, self._recounted, read_only=read_only)
-        self._receipts = disk.open(_RECEIPTS, create=not read_only)
+        self._receipts = disk.open(RECEIPTS, create=not read_only)
         self._pins = Pins(disk, read_only=read_only)
         self._learn_receipts()
         if not read_only:
@@ -370,6 +370,40 @@ class Mirror:
             self.heal(path, offset, part)
         return True
 
+    def check_copy(self, path: str, pace: Callable[[int], None]) -> None:
+        """Read a pack's copy in the cold tier through.
+
+        Raises:
+            IntegrityError: it is not there, or not as its receipt says.
+            UnavailableError: the cold tier does not answer.
+        """
+        receipt = self._held[path]
+        with self._asking():
+            if self._cold.size(path) != receipt.size:
+                raise IntegrityError("the cold tier does not hold a pack it was given", object=path, place=path)
+            if copies.digest_of(self._cold, path, receipt.size, pace) != receipt.digest:
+                raise IntegrityError("the cold tier does not give back what it was given", object=path, place=path)
+
+    def copy_again(self, path: str, parts: Iterable[memoryview] | None) -> None:
+        """Put a pack into the cold tier once more: from `parts`, or from what is here when all of it is.
+
+        Raises:
+            IntegrityError: not all of it is here, or it is not what the receipt says.
+            ConflictError, UnavailableError, StorageError: as `push`.
+        """
+        receipt, pack = self._held[path], self._packs[path]
+        if parts is None:
+            self._look_at_all()
+            if not pack.here.all():
+                raise IntegrityError("the only whole copy of a pack is lost", object=path, place=path)
+            parts = (memoryview(part) for part in _parts(self._file(pack), pack.size))
+        with self._asking(UnavailableError):
+            self.check_owner()
+            self._cold.upload(path, _of_digest(parts, receipt))
+            if copies.digest_of(self._cold, path, receipt.size) != receipt.digest:
+                raise IntegrityError("the cold tier gives back other bytes than it was given", object=path, place=path)
+            self._cold.put(copies.receipt_name(path), lines.encode(receipt))
+
     def forget(self, path: str) -> None:
         """A pack is gone, or about to go: nobody asks for it any more."""
         with self._lock:
@@ -508,7 +542,12 @@ class Mirror:
                 if self._mover is not None and self._mover.stopped:
                     return number
                 with self._asking(UnavailableError):
-                    self.push(finished)
+                    try:
+                        self.push(finished)
+                    except NotFoundError:
+                        if any(finished.pack == one.pack for one in self._finished()):
+                            raise
+                        continue  # Another process has let it go meanwhile.
                     self._log_copy.extend(self._log)
             with self._asking(UnavailableError):
                 self._log_copy.extend(self._log)
@@ -889,7 +928,7 @@ def receipts(disk: Disk) -> list[Receipt]:
     What is gone on this disk is still held until a line says that it is gone there too.
     """
     try:
-        file = disk.open(_RECEIPTS)
+        file = disk.open(RECEIPTS)
     except NotFoundError:
         return []
     try:
@@ -899,12 +938,42 @@ def receipts(disk: Disk) -> list[Receipt]:
         file.close()
 
 
+def receipt_lines(disk: Disk) -> Iterator[tuple[Receipt | None, int, bool]]:
+    """(receipt or None, where its line begins, whether the line has an end) of every line, in order: for fsck."""
+    try:
+        file = disk.open(RECEIPTS)
+    except NotFoundError:
+        return
+    try:
+        start = 0
+        for receipt, end in lines.read(file, 0, Receipt):
+            yield receipt, start, True
+            start = end
+        if start < file.size():
+            yield None, start, False
+    finally:
+        file.close()
+
+
 def keep_receipts(disk: Disk, known: Iterable[Receipt]) -> None:
     """Take receipts over that were given to another repository, in place of all that are here."""
-    disk.write_whole(_RECEIPTS, b"".join(map(lines.encode, known)))
+    disk.write_whole(RECEIPTS, b"".join(map(lines.encode, known)))
 
 
 def _parts(file: File, size: int) -> Iterator[bytes]:
     """A file's bytes, COLD_PART_BYTES at a time."""
     for start in range(0, size, COLD_PART_BYTES):
         yield file.read_at(start, min(COLD_PART_BYTES, size - start))
+
+
+def _of_digest(parts: Iterable[memoryview], receipt: Receipt) -> Iterator[memoryview]:
+    """The parts, as long as they make what the receipt says; before the last one is given that is certain."""
+    digest, last = blake3(), memoryview(b"")
+    for part in parts:
+        digest.update(part)
+        if last:
+            yield last
+        last = part
+    if digest.hexdigest() != receipt.digest:
+        raise IntegrityError("what is left of the pack is not what was copied", object=receipt.pack, place=receipt.pack)
+    yield last

@@ -101,7 +101,7 @@ class Parity:
         drop: Callable[[str], None] | None = None,
     ) -> None:
         self._disk, self._arithmetic, self._repository_id = disk, arithmetic, repository_id
-        self._finished, self._journal, self._shape = finished, journal, shape
+        self._finished, self._journal, self.shape = finished, journal, shape
         self._write = write or self._write_here
         self._drop = drop or disk.remove
         self._names: Sequence[str] = ()
@@ -119,7 +119,7 @@ class Parity:
     def files(self) -> list[PackFinished]:
         """The parity files that are whole, as a cold tier takes packs."""
         return [
-            PackFinished(held.names[number], self._file_size(held.names[number]), bytes(32))
+            PackFinished(held.names[number], self.file_size(held.names[number]), bytes(32))
             for held in self.groups()
             for number in sorted(held.whole)
         ]
@@ -132,7 +132,7 @@ class Parity:
         waiting = [pack.size for name, pack in packs.items() if name not in protected]
         return ParityStatus(
             len(groups), len(protected), sum(packs[name].size for name in protected), len(waiting), sum(waiting),
-            sum(self._file_size(held.names[number]) for held in groups for number in held.whole),
+            sum(self.file_size(held.names[number]) for held in groups for number in held.whole),
             sum(len(held.names) - len(held.whole) for held in groups),
         )  # fmt: skip
 
@@ -159,7 +159,8 @@ class Parity:
         finally:
             file.close()
 
-    def _file_size(self, path: str) -> int:
+    def file_size(self, path: str) -> int:
+        """Bytes of a pack or parity file; 0 for none."""
         try:
             file = self._disk.open(path)
         except NotFoundError:
@@ -185,7 +186,7 @@ class Parity:
             made = removed = mended = written = 0
             while True:
                 packs = {pack.pack: pack for pack in self._finished() if pack.pack not in unsound}
-                kept, new = chosen(packs, [held.group for held in self.groups(again=True)], self._shape)
+                kept, new = chosen(packs, [held.group for held in self.groups(again=True)], self.shape)
                 broken = False
                 for number, group in enumerate(new):
                     progress(number, len(new), "protecting packs")
@@ -236,8 +237,8 @@ class Parity:
 
     def _make(self, packs: Sequence[PackFinished]) -> int:
         """Write the parity files of a group; the bytes written."""
-        assert self._shape is not None
-        extra = self._shape.extra_of(len(packs))
+        assert self.shape is not None
+        extra = self.shape.extra_of(len(packs))
         key = code.group_id(self._repository_id, packs, extra)
         names = [code.file_name(FOLDER, key, number) for number in range(extra)]
         group = Group(tuple(Member(pack.pack, pack.size, pack.merkle_root) for pack in packs), (b"",) * extra)
@@ -264,7 +265,7 @@ class Parity:
         for number, name in enumerate(names):
             self._end_file(whole, number, name)
         self._disk.sync_folder(FOLDER)
-        return sum(self._file_size(name) for name in names)
+        return sum(self.file_size(name) for name in names)
 
     def _end_file(self, group: Group, number: int, name: str) -> None:
         """What a parity file says of itself comes last, after all it tells of is durable."""
@@ -334,7 +335,7 @@ class Parity:
                 changed |= self._mend_chunk(held, number, row)
             except IntegrityError as error:
                 lost = lost or error
-        if changed or (size is None and self._file_size(name) > member.size):
+        if changed or (size is None and self.file_size(name) > member.size):
             changed = True
             self._sync(name, member.size)
             self._disk.sync_folder(FOLDER)

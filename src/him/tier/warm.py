@@ -27,7 +27,15 @@ from him.config import (
     SYNC_AHEAD_BYTES,
     TILE_BYTES_MAX,
 )
-from him.errors import BusyError, HimError, IntegrityError, NotFoundError, UnavailableError
+from him.errors import (
+    BusyError,
+    ConflictError,
+    HimError,
+    IntegrityError,
+    NotFoundError,
+    UnavailableError,
+    VersionError,
+)
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
@@ -227,8 +235,8 @@ class WarmStore:
             payload = self._pages.get(blob) or self._page(kind, BlobId(blob))
             try:
                 found = parse(payload)
-            except IntegrityError as error:
-                raise IntegrityError(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
+            except (IntegrityError, VersionError) as error:
+                raise type(error)(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
             self._parsed.put(blob, found, len(payload))
         return found
 
@@ -296,7 +304,7 @@ class WarmStore:
         """
         if self.missing([blob])[0]:
             return False
-        whole = not (self._addresses.removed or self._addresses.condemned)
+        whole = not self._addresses.doubtful()
         return whole or all(self.keeps(part) for part in self.made_of(blob))
 
     def put_prepared(self, tiles: Sequence[Prepared]) -> int:
@@ -389,6 +397,13 @@ class WarmStore:
         else:
             self._mirror.drop_here(name)
 
+    def let_go(self, name: str) -> None:
+        """Remove a parity file, here and from the cold tier; where that does not answer its copy stays."""
+        self.remove(name)
+        if self._mirror is not None and name in self.copies():
+            with suppress(UnavailableError, ConflictError):
+                self._mirror.drop(name)
+
     def copies(self) -> set[str]:
         """The packs that the cold tier holds, those among them that are gone here."""
         return set() if self._mirror is None else self._mirror.copies()
@@ -397,6 +412,27 @@ class WarmStore:
         """Copy finished packs, and the log up to its present end, to the cold tier. Raises as `Mirror.push_all`."""
         if self._mirror is not None:
             self._mirror.push_all()
+
+    def check_copy(self, name: str, pace: Callable[[int], None], *, mend: bool) -> Iterator[HimError]:
+        """What is wrong with a pack's copy in the cold tier, if it is to be there; with `mend` it is copied again.
+
+        Args:
+            pace: told of every part that was read.
+        """
+        if self._mirror is None or not self._mirror.holds(name):
+            return
+        try:
+            self._mirror.check_copy(name, pace)
+        except IntegrityError as error:
+            yield error
+            if mend:
+                parts = None if self.parity is None or not self.parity.protects(name) else self.parity.chunks(name)
+                try:
+                    self._mirror.copy_again(name, None if parts is None else (chunk.data for chunk in parts))
+                except HimError as again:
+                    yield again
+        except HimError as error:
+            yield error
 
     def remove_copy(self, name: str) -> None:
         """Remove a pack that is gone from the cold tier. Raises as `Mirror.drop`."""
@@ -441,7 +477,8 @@ class WarmStore:
                     file = self.disk.open(name)
                 except NotFoundError:
                     continue
-                if not file.lock(wait=False):
+                head = file.read_at(0, layout.FILE_HEADER_BYTES)
+                if not file.lock(wait=False) or not layout.may_grow(head, self.repository_id):
                     file.close()
                     continue
                 end = growing[name][-1].end
@@ -628,7 +665,11 @@ class WarmStore:
                     return self._pending[blob]
                 found = self._find(blob)
             if found is None:
-                raise IntegrityError("a blob that is referred to is missing", object=blob.hex(), place=PACK_FOLDER)
+                # In one of the packs that are gone, if any is.
+                lost = ", ".join(self._names[number] for number in sorted(self._addresses.lost))
+                raise IntegrityError(
+                    "a blob that is referred to is missing", object=blob.hex(), place=lost or PACK_FOLDER
+                )
         if found.pack >= len(self._names) or found.length > 2 * TILE_BYTES_MAX:
             # A damaged segment: whoever reads by it makes the index anew.
             raise IntegrityError("the address index leads nowhere", object=blob.hex(), place="cache/addresses")
@@ -728,10 +769,10 @@ class WarmStore:
 
     def _learn_quarantined(self) -> None:
         if self._journal is not None:
-            held = self._journal.quarantined()
-            self._addresses.bad = frozenset(
-                (self._numbers[name], offset) for name, offset in held if name in self._numbers
-            )
+            held = [key for key in self._journal.quarantined() if key[0] in self._numbers]
+            self._addresses.bad = frozenset((self._numbers[name], offset) for name, offset in held if offset)
+            # No record begins a pack: there it says that all of it is gone.
+            self._addresses.lost = frozenset(self._numbers[name] for name, offset in held if not offset)
 
     def _caught_up(self) -> bool:
         """Learn what the projection knows already; whether that was anything."""
@@ -827,7 +868,13 @@ class WarmStore:
         """What a range or a finished pack holds; where its list is damaged, what the records say themselves."""
         if self._just_removed(named.pack):
             return layout.rows_of([])
-        file = self._opened(named.pack)
+        try:
+            file = self._opened(named.pack)
+        except IntegrityError:
+            if not salvage:
+                raise
+            self._salvaged = True
+            return layout.rows_of([])  # Others can still be read, and what it held be put again.
         ranged = isinstance(named, PackRange)
         try:
             for left in reversed(range(MENDS_MAX)):
@@ -927,6 +974,10 @@ class WarmStore:
         except NotFoundError as error:
             if self.mend(name):
                 return self.disk.open(name)
+            if self._journal is not None and name not in self._condemned:
+                with suppress(HimError):
+                    self._journal.add("quarantined", name, 0, 1, why="the pack is missing")
+                self._learn_quarantined()
             raise IntegrityError("a pack is missing", place=name) from error
 
 

@@ -18,7 +18,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from him.config import COMPRESSION_SAMPLE_BYTES, RAW_BELOW_RATIO, TILE_BYTES_MAX, ZSTD_LEVEL
-from him.errors import IntegrityError, LimitError, UsageError
+from him.errors import IntegrityError, LimitError, UsageError, VersionError
 from him.tile.address import KIND_TILE, blob_id
 from him.types import BlobId
 
@@ -143,14 +143,22 @@ def decode(header: bytes, codec: int, stored: bytes | memoryview, *, expect: Blo
     Raises:
         IntegrityError: bytes that do not decode to the size the header names, or another blob_id.
     """
-    payload = unpack(header, codec, stored)
+    try:
+        payload = unpack(header, codec, stored)
+    except VersionError as error:
+        # Nothing has proved these bytes yet: what is not known may be damage as well.
+        raise IntegrityError(error.message) from error
     if expect is not None and blob_id(KIND_TILE, header, payload) != expect:
         raise IntegrityError("decoded bytes have another blob_id", object=expect.hex())
     return values_of(header, payload)
 
 
 def unpack(header: bytes, codec: int, stored: bytes | memoryview) -> bytes | memoryview:
-    """The canonical payload of a tile that is stored in full: `stored` itself when it is raw. Raises IntegrityError."""
+    """The canonical payload of a tile that is stored in full, in a record that was verified: `stored` itself when raw.
+
+    Raises:
+        IntegrityError: it is not what the header names. VersionError: the header names what is not known.
+    """
     head = parse_header(header)
     return decompress(codec, stored, _payload_size(head), 1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize)
 
@@ -287,10 +295,12 @@ def _encode(header: TileHeader, payload: bytes | memoryview, itemsize: int) -> E
 
 def _payload_size(head: TileHeader) -> int:
     if any(name != "bytes" and name not in DTYPES for name in (head.dtype, head.logical or head.dtype)):
-        raise IntegrityError(f"tile header names an unknown dtype {head.dtype!r} {head.logical!r}")
+        raise VersionError(f"the tile has a dtype of newer software, {head.dtype!r} {head.logical!r}")
     size = (1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize) * math.prod(head.shape)
     if min(head.shape, default=-1) < 0 or size > TILE_BYTES_MAX:
         raise IntegrityError(f"tile header names {size} bytes")
+    if head.quantise not in ("", *_STORED_AS):
+        raise VersionError(f"the tile is quantised as newer software does, {head.quantise!r}")
     if head.quantise and (head.dtype, head.logical in _FLOATS) != (_STORED_AS.get(head.quantise), True):
         raise IntegrityError(f"tile header names {head.quantise!r} of {head.logical!r} as {head.dtype!r}")
     if head.quantise in _LARGEST and len(head.scales) not in (4 * math.prod(one) for one in _channels(head.shape)):
