@@ -266,7 +266,7 @@ class Fsck:
         found: list[HimError] = []
 
         def look(record: layout.Record, place: str) -> None:
-            error = self._content(record, place)
+            error = self._content(record, place, found_by_name=not pack.condemned)
             if error is not None:
                 found.append(error)
 
@@ -316,8 +316,12 @@ class Fsck:
         else:
             self._fault(error, "record" if error.object != pack else "pack", remedy.HEAL)
 
-    def _content(self, found: layout.Record, place: str) -> HimError | None:
-        """Whether the stored bytes decode to what the blob_id names, and whether the addresses know of them."""
+    def _content(self, found: layout.Record, place: str, *, found_by_name: bool) -> HimError | None:
+        """Whether the stored bytes decode to what the blob_id names, and whether the addresses know of them.
+
+        Args:
+            found_by_name: the addresses have to know of them (what is in a condemned pack nobody need find).
+        """
         header = found.header
         try:
             if header.delta_depth or header.codec == CHUNKS:
@@ -335,10 +339,17 @@ class Fsck:
                 self._partless.add(header.blob_id)
                 return None
             return type(error)(error.message, object=header.blob_id.hex(), place=place)
-        if header.kind not in (KIND_INDEX, KIND_FOOTER) and not self._store.has(header.blob_id):
+        if found_by_name and header.kind not in (KIND_INDEX, KIND_FOOTER) and not self._known(header.blob_id):
             text = f"the addresses do not know of the record at {place}"
             self._faults[_ADDRESSES, _ADDRESSES] = Fault(_ADDRESSES, _ADDRESSES, text, remedy.CACHE, "cache")
         return None
+
+    def _known(self, blob: BlobId) -> bool:
+        """Whether the addresses know of a blob; the log may be ahead of them, where another process commits."""
+        if self._store.has(blob):
+            return True
+        self._history.refresh()
+        return self._store.has(blob)
 
     def _lacks_part(self, blob: BlobId) -> bool:
         """Whether something that a tile is made of is not stored at all."""
