@@ -205,6 +205,8 @@ class FileLog:
             # Nothing of a failed commit may be found by the next holder.
             self._undone = offset
             self._file.truncate(offset)
+            # A failed sync may have made it durable: else a power loss would bring it back.
+            self._file.sync()
             self._undone = None
             raise
         self._publish(Mark(seq + 1, offset + size, digest))

@@ -10,7 +10,7 @@ from him.sim.disk import PowerLoss
 from him.sim.faults import DISK, FAULTS, STORE
 from him.sim.schedule import Schedule, Task
 
-_WRITES: Final = tuple(fault.name for fault in DISK if fault.name.startswith(("write", "fsync")))
+_LOG: Final = "log/0"
 _GROWS: Final = ("write", "create", "replace")
 
 
@@ -44,13 +44,16 @@ class Gate:
         """Above 0 nothing fails and nobody else runs: for whoever checks."""
         self.injected = 0
         """Faults that met the call at hand."""
+        self.missed = False
+        """Whether the store gave no answer to it."""
         self.undoing = False
         """Whether one of them kept a failed commit from being undone."""
         self.ports = 0
+        self._cut = False
 
     def arm(self, rng: Random) -> None:
         """Draw, for a workload call, when the next fault of each kind is due."""
-        self._rng, self.injected, self.undoing = rng, 0, False
+        self._rng, self.injected, self.missed, self.undoing = rng, 0, False, False
         drawn: Mapping[str, int] = {
             fault.name: 1 + int(rng.expovariate(1 / fault.every))
             for fault in (*DISK, *STORE)
@@ -74,8 +77,11 @@ class Gate:
         if not self._step():
             whole()
             return
+        if path.startswith(_LOG):
+            self._cut = kind == "truncate" or (self._cut and kind == "sync")
         if kind == "sync":
             if self._is_due("fsync lost"):
+                self._hit("", path, kind)
                 (part or whole)()
                 raise StorageError("the disk failed (simulated fsync)", place=path)
         elif self._weather.full and kind in _GROWS:
@@ -113,9 +119,11 @@ class Gate:
         if self._weather.down:
             self._weather.down -= 1
             self.injected += 1
+            self.missed = True
             self._counts["store down"] += 1
             raise UnavailableError("the store answers 503 (simulated)", place=name)
         if self._is_due("store 5xx"):
+            self.missed = True
             raise UnavailableError("the store answers 500 (simulated)", place=name)
         if writes is None:
             return
@@ -165,7 +173,7 @@ class Gate:
         if name:
             self._counts[name] += 1
             self.injected += 1
-        if path.startswith("log/0") and kind == "truncate":
+        if path.startswith(_LOG) and self._cut:
             self.undoing = True
 
 

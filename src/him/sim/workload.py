@@ -103,8 +103,8 @@ class Work(NamedTuple):
             return  # Full of what is pinned, or of what is not copied yet.
         if isinstance(error, BusyError) and process.site.model.seq > act.began:
             return  # Somebody else collected garbage, or writes to a pack.
-        if isinstance(error, IntegrityError) and process.site.rotted:
-            return
+        if isinstance(error, IntegrityError) and (process.site.rotted or gate.missed):
+            return  # What was damaged, or freed by another process, could not be fetched.
         raise Violation("an error nothing explains", f"{act.kind} #{act.number}: {error.kind}: {error.line()}")
 
     def done(self, process: Process) -> None:
@@ -800,7 +800,7 @@ KINDS: Final[dict[str, Work]] = {
     "measure": Work(1, measure, False),
     "protect": Work(3, protect, True, (BusyError,)),
     "scrub": Work(3, scrub, False, (BusyError,)),
-    "heal": Work(1, heal, False, (BusyError,)),
+    "heal": Work(1, heal, False, (BusyError, ConflictError)),
     "reopen": Work(5, reopen, False),
     "push": Work(8, push, True, (ConflictError,)),
     "demote": Work(8, demote, False),

@@ -777,7 +777,10 @@ class Mirror:
 
     def _got(self, path: str, ranges: Ranges) -> Sequence[memoryview]:
         with self._asking():
-            parts = self._cold.get_ranges(path, ranges)
+            try:
+                parts = self._cold.get_ranges(path, ranges)
+            except NotFoundError as error:
+                raise IntegrityError("the cold tier lacks the pack, or a part of it", place=path) from error
         with self._lock:
             self._fetches += len(ranges)
             self._fetched_bytes += sum(size for _, size in ranges)

@@ -880,12 +880,10 @@ class WarmStore:
             for left in reversed(range(MENDS_MAX)):
                 try:
                     return read_index(file, named) if ranged else read_footer(file, named)
-                except (IntegrityError, NotFoundError) as error:
+                except IntegrityError:
                     if self._just_removed(named.pack):
                         return layout.rows_of([])
                     if not left or not self.mend(named.pack):
-                        if isinstance(error, NotFoundError):
-                            raise IntegrityError("its cold copy is missing", place=named.pack) from error
                         if not salvage:
                             raise
                         break
