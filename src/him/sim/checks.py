@@ -1,13 +1,12 @@
 """Checkers that stand beside the workload: whole repositories compared with the model, on copies and elsewhere."""
 
-from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from random import Random
 from typing import TYPE_CHECKING, Final
 
 from him.catalog.restore import restore
-from him.errors import ExpiredError, HimError, IntegrityError, NotFoundError, StorageError, UnavailableError
+from him.errors import ExpiredError, HimError, IntegrityError, NotFoundError, StorageError
 from him.sim.clock import SimClock, SimRng
 from him.sim.disk import BLOCK_BYTES, MemDisk, Volume
 from him.sim.ledger import END, LOG
@@ -57,7 +56,7 @@ def compare(rooms: Rooms, model: Model, rng: Random, tolerated: Tolerated, *, wh
     refs = dict(rooms.history.refs())
     if refs != model.refs:
         raise Violation("names differ", f"{where}: {refs} instead of {model.refs}")
-    found = {one.snapshot_id: (one.directory, one.sealed, dict(one.tags)) for one in rooms.history.snapshots()}
+    found = {str(one.snapshot_id): (one.directory, one.sealed, dict(one.tags)) for one in rooms.history.snapshots()}
     wanted = {str(name): (snap.directory, snap.sealed, snap.tags) for name, snap in model.snapshots.items()}
     if found != wanted:
         differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
@@ -147,7 +146,7 @@ def spoil(data: bytearray, rng: Random) -> bool:
 
 
 class Aside:
-    """A copy of a repository and its bucket as they stand, cut to what is published; nothing of it is seen by others."""
+    """A copy of a repository and its bucket as they stand, cut to what is published; nobody else sees it."""
 
     def __init__(self, world: "World", site: "Site") -> None:
         site.ledger.look(site.volume)
@@ -255,7 +254,10 @@ def opened_elsewhere(process: "Process", rooms: Rooms, name: str, rng: Random) -
             mine = ours.snapshots.get(known)
             if mine is not None and mine.sealed and snap.sealed and mine.directory != snap.directory:
                 raise Violation("a snapshot became another one on its way", known)
-        expired = lambda error: isinstance(error, IntegrityError) and bool(ours.expired)  # noqa: E731
+
+        def expired(error: HimError) -> bool:
+            return isinstance(error, IntegrityError) and bool(ours.expired)
+
         rooms.history.refresh()
         if rooms.projection.position()[0] == site.model.seq:
             compare(rooms, site.model, rng, expired, where=f"site {name}")
@@ -272,7 +274,7 @@ def restored(process: "Process", rng: Random) -> None:
     try:
         disk = MemDisk(process.gate, volume)
         try:
-            found = restore(disk, process.objects(), process.clock(), "restore", lambda *_: None)
+            found = restore(disk, process.objects(), process.clock(), "restore", _silent)
         except NotFoundError:
             if floor:
                 raise Violation("nothing can be restored", f"up to record {floor} was pushed") from None
@@ -300,6 +302,10 @@ def restored(process: "Process", rng: Random) -> None:
             process.gate.quiet -= 1
 
 
+def _silent(_done: int, _total: int, _what: str) -> None:
+    """No progress is shown."""
+
+
 @contextmanager
 def slowed(store: WarmStore, schedule: Schedule) -> Generator[None]:
     """Let others work between the steps of a batch."""
@@ -318,6 +324,3 @@ def slowed(store: WarmStore, schedule: Schedule) -> Generator[None]:
         yield
     finally:
         del store.put_prepared
-
-
-__all__ = ["Counter", "UnavailableError"]

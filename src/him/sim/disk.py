@@ -108,7 +108,7 @@ class FileData:
     `pending` holds what was done since the last sync, in order: (offset, bytes), or (size, None) for a truncation.
     """
 
-    def __init__(self, data: bytes = b"", *, named: bool = False) -> None:
+    def __init__(self, data: bytes | bytearray = b"", *, named: bool = False) -> None:
         self.now = bytearray(data)
         self.durable = bytearray(data)
         self.pending: list[tuple[int, bytes | None]] = []
@@ -331,7 +331,7 @@ class MemFile:
         """Runs of blocks that are not all zero."""
         now, runs = self._data.now, list[tuple[int, int]]()
         for start in range(0, len(now), BLOCK_BYTES):
-            block = now[start : start + BLOCK_BYTES]
+            block = bytes(now[start : start + BLOCK_BYTES])
             if block == _HOLE or not any(block):
                 continue
             if runs and runs[-1][1] == start:

@@ -1,7 +1,8 @@
 """What may go wrong in the simulator, how often, and why HIM can recover from it: the list is the simulator's contract.
 
-A fault that is not here does not happen on the live repository. What nothing can recover from (rot in what has no second
-copy) is tried on copies of it, where the answer has to be a located error and never a wrong byte (`checks.damaged`).
+A fault that is not here does not happen on the live repository. What nothing can recover from (rot in what has no
+second copy) is tried on copies of it, where the answer has to be a located error and never a wrong byte
+(`checks.damaged`).
 """
 
 from typing import Final, NamedTuple

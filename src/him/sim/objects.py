@@ -1,9 +1,21 @@
 """A bucket in memory whose replies get lost."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 from him.errors import LimitError, NotFoundError, UnavailableError
-from him.sim.gate import Gate
+
+
+class Asked(Protocol):
+    """What every request passes through."""
+
+    def ask(self, name: str, *, writes: Callable[[], None] | None = None) -> None:
+        """A request; `writes` carries it out, if it changes anything. Raises UnavailableError."""
+        ...
+
+    def stale(self) -> bool:
+        """Whether a list is of some time ago."""
+        ...
 
 
 class Bucket:
@@ -22,7 +34,7 @@ class Bucket:
 class SimObjects:
     """`ports.ObjectStore` on a Bucket, as one process reaches it."""
 
-    def __init__(self, bucket: Bucket, gate: Gate) -> None:
+    def __init__(self, bucket: Bucket, gate: Asked) -> None:
         self._bucket, self._gate = bucket, gate
 
     def size(self, name: str) -> int | None:

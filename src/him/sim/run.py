@@ -9,8 +9,8 @@ from him.sim.faults import FAULTS
 from him.sim.model import Violation
 from him.sim.schedule import Deadlock
 from him.sim.small import small
-from him.sim.workload import KINDS, workload
-from him.sim.world import Op, World
+from him.sim.workload import KINDS, weather, workload
+from him.sim.world import Kind, Op, World
 
 PROCESSES: Final = 3
 ALL_FAULTS: Final = frozenset(FAULTS)
@@ -60,7 +60,8 @@ def simulate(
     given = workload(seed, count, processes) if ops is None else ops
     failure: Failure | None = None
     with small():
-        world = World(seed, processes, faults)
+        kinds: dict[str, Kind] = {**KINDS}
+        world = World(seed, processes, faults, kinds, weather)
         try:
             world.run(given)
         except Violation as found:

@@ -4,7 +4,7 @@ A call is told only its number; what it puts and where follows from that and fro
 can be left out of a workload and the others stay what they were.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from random import Random
 from typing import Final, NamedTuple
@@ -34,6 +34,7 @@ from him.sim.ledger import published
 from him.sim.model import (
     HOLD,
     Array,
+    Cell,
     Change,
     Content,
     FrameModel,
@@ -535,6 +536,12 @@ def list_all(process: Process, rooms: Rooms, rng: Random) -> None:
             reader.meta(TileKey(*name, 0, *place))
 
 
+def cells_of(content: Content, name: tuple[str, str]) -> Mapping[tuple[int, int], Cell]:
+    """The cells of a frame; none where there is no such frame."""
+    frame = content.frames.get(name)
+    return {} if frame is None else frame.cells
+
+
 def diff(process: Process, rooms: Rooms, rng: Random) -> None:
     """Compare two snapshots, cell by cell."""
     model, store = process.site.model, rooms.store
@@ -552,9 +559,10 @@ def diff(process: Process, rooms: Rooms, rng: Random) -> None:
             found.update((frame.stream, frame.name, row, column) for row, column, _, _ in changed)
     wanted = set[tuple[str, str, int, int]]()
     for name in {*one.frames, *other.frames}:
-        before = one.frames[name].cells if name in one.frames else {}
-        now_ = other.frames[name].cells if name in other.frames else {}
-        wanted.update((*name, *place) for place in {*before, *now_} if before.get(place) != now_.get(place))
+        before, after_ = (cells_of(content, name) for content in (one, other))
+        for place in {*before, *after_}:
+            if before.get(place) != after_.get(place):
+                wanted.add((*name, *place))
     if found != wanted:
         raise Violation("a diff differs", f"{sorted(found ^ wanted)}")
 
@@ -634,7 +642,7 @@ def rebuild(process: Process, rooms: Rooms, rng: Random) -> None:
 
 def measure(process: Process, rooms: Rooms, rng: Random) -> None:
     """Figures of what is held."""
-    stats.measure(rooms.history, rooms.projection, rooms.store, lambda *_: None)
+    stats.measure(rooms.history, rooms.projection, rooms.store, silent)
 
 
 def protect(process: Process, rooms: Rooms, rng: Random) -> None:
@@ -651,6 +659,10 @@ def scrub(process: Process, rooms: Rooms, rng: Random) -> None:
 def heal(process: Process, rooms: Rooms, rng: Random) -> None:
     """Mend all that can be mended."""
     rooms.care().heal()
+
+
+def silent(_done: int, _total: int, _what: str) -> None:
+    """No progress is shown."""
 
 
 def reopen(process: Process, rooms: Rooms, rng: Random) -> None:

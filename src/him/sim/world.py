@@ -3,10 +3,10 @@
 import contextlib
 import gc
 from collections import Counter, deque
-from collections.abc import Generator, Sequence, Set
+from collections.abc import Callable, Generator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from random import Random
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from blake3 import blake3
 
@@ -35,6 +35,23 @@ class Op(NamedTuple):
     number: int
     kind: str
     process: int
+
+
+class Kind(Protocol):
+    """What a kind of workload call does."""
+
+    @property
+    def call(self) -> Callable[["Process", Rooms, Random], None]:
+        """Does it. Raises HimError, Violation."""
+        ...
+
+    def judge(self, process: "Process", error: HimError) -> None:
+        """Whether something explains an error. Raises Violation."""
+        ...
+
+    def done(self, process: "Process") -> None:
+        """Whether what reported success did what it says. Raises Violation."""
+        ...
 
 
 class Site:
@@ -69,10 +86,15 @@ class World:
         seed: decides all.
         processes: how many write to the repository at once.
         faults: names of those that may happen.
+        kinds: of workload calls, by name.
+        weather: what befalls a process before a call.
     """
 
-    def __init__(self, seed: int, processes: int, faults: Set[str]) -> None:
-        self.seed, self.faults = seed, faults
+    def __init__(
+        self, seed: int, processes: int, faults: Set[str], kinds: Mapping[str, Kind],
+        weather: Callable[["Process", Random], None],
+    ) -> None:  # fmt: skip
+        self.seed, self.faults, self.kinds, self.weather_of = seed, faults, kinds, weather
         self.counts: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self.schedule = Schedule(Random(f"{seed}:schedule"), _STRETCH)
@@ -233,25 +255,24 @@ class Process:
             self.close()
 
     def _perform(self, op: Op) -> None:
-        from him.sim.workload import KINDS, weather
-
+        kind = self.world.kinds[op.kind]
         rng = Random(f"{self.world.seed}:{op.number}")
         self.act = act = Act(op.number, op.kind)
         act.began = self.site.model.seq
         self.gate.arm(Random(f"{self.world.seed}:{op.number}:faults"))
-        weather(self, rng)
+        self.world.weather_of(self, rng)
         try:
             try:
                 rooms = self.opened()
-                KINDS[op.kind].call(self, rooms, rng)
+                kind.call(self, rooms, rng)
             except HimError as error:
                 self._settle()
                 act.ended, act.doubt = error.kind, self.gate.undoing
-                KINDS[op.kind].judge(self, error)
+                kind.judge(self, error)
             else:
                 self._settle()
                 act.ended = "ok"
-                KINDS[op.kind].done(self)
+                kind.done(self)
         except PowerLoss:
             act.ended, act.doubt = "crashed", True
             self._restart()

@@ -186,9 +186,10 @@ class AddressIndex:
             return [self._relied(blob) is None for blob in blobs]
         tail, avoid, bad = self._tail, self._unreliable(), self.bad
         absent = np.array([(at := tail.get(blob)) is None or at.pack in avoid or at[:2] in bad for blob in blobs])
-        for number in np.flatnonzero(absent):
-            if blobs[number] in self._others:
-                absent[number] = self._relied(blobs[number]) is None
+        if self._others:
+            for number in map(int, np.flatnonzero(absent)):
+                if blobs[number] in self._others:
+                    absent[number] = self._relied(blobs[number]) is None
         names = np.frombuffer(b"".join(blob[:16] for blob in blobs), dtype=">u8").reshape(-1, 2).astype(np.uint64)
         for segment in self._segments:
             highs = segment.table.highs

@@ -577,6 +577,8 @@ class Mirror:
                 digest.update(part)
             receipt = Receipt(finished.pack, size, digest.hexdigest())
             if copies.receipt_of(self._cold, finished.pack) not in (None, receipt):
+                if self.holds(finished.pack):
+                    return  # Another process was faster, and has freed what was just read here.
                 # The repository was copied and both went on with one pack.
                 raise ConflictError("the cold tier holds another pack of that name", place=finished.pack)
             for _ in range(2):
