@@ -14,7 +14,7 @@ through a warm daemon within a few milliseconds.
 TYPE_CHECKING = False  # as typing's, whose import would cost a third of what this package costs to load
 if TYPE_CHECKING:
     from him import kv
-    from him.app import Repository, SnapshotHandle, check, clone, open, restore
+    from him.app import Repository, SnapshotHandle, check, clone, heal, open, restore
     from him.errors import HimError
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ _HOMES = {
     "open": "him.app",
     "check": "him.app",
     "clone": "him.app",
+    "heal": "him.app",
     "restore": "him.app",
     "Repository": "him.app",
     "SnapshotHandle": "him.app",
@@ -33,7 +34,7 @@ _HOMES = {
 _MODULES = ("kv",)
 """Public modules, loaded in the same way."""
 
-__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "check", "clone", "kv", "open", "restore"]
+__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "check", "clone", "heal", "kv", "open", "restore"]
 
 
 def __getattr__(name: str) -> object:

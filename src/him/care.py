@@ -6,13 +6,12 @@ from typing import Final
 import msgspec
 
 from him.catalog import spare
-from him.catalog.fsck import Progress
-from him.catalog.heal import Healer, HealReport
+from him.catalog.heal import Check, Healer, HealReport
 from him.catalog.history import History
 from him.catalog.log import FileLog
 from him.config import PARITY_DATA, PARITY_EXTRA
 from him.errors import NotFoundError, UsageError
-from him.ports import Clock, Disk, Projection
+from him.ports import Clock, Disk, Progress, Projection, silent
 from him.tier.care import Event, Journal
 from him.tier.protect import Made, ParityStatus, Shape
 from him.tier.scrub import Pace, Scrubbed, Scrubber
@@ -54,10 +53,10 @@ class CareHandle:
 
     def __init__(
         self, disk: Disk, store: WarmStore, history: History, projection: Projection, log: FileLog, journal: Journal,
-        clock: Clock,
+        clock: Clock, check: Check,
     ) -> None:  # fmt: skip
         self._disk, self._store, self._history, self._projection = disk, store, history, projection
-        self._log, self._journal, self._clock = log, journal, clock
+        self._log, self._journal, self._clock, self._check = log, journal, clock, check
 
     def set_parity(self, data: int = PARITY_DATA, extra: int = PARITY_EXTRA) -> None:
         """Protect packs in groups of `data` with `extra` parity files from now on; elsewhere from the next opening.
@@ -94,7 +93,7 @@ class CareHandle:
         self._history.refresh()
         spare.keep(self._disk, self._log)
         assert self._store.parity is not None
-        return self._store.parity.update(progress or _silent)
+        return self._store.parity.update(progress or silent)
 
     def scrub(self, pace: Pace | None = None, *, heal: bool = True, copies: bool = False) -> Iterator[Scrubbed]:
         """Read what is stored, that first which was read longest ago, and mend what is damaged; may end anywhere.
@@ -127,9 +126,7 @@ class CareHandle:
         tiered = self._store.tiered
         with self._history.lease():
             scrubber = self._scrubber(None, copies=tiered)
-            return Healer(
-                self._history, self._projection, self._store, self._log, self._journal, scrubber, progress or _silent
-            ).run()
+            return Healer(self._check, self._store, self._log, self._journal, scrubber, progress or silent).run()
 
     def _scrubber(self, pace: Pace | None, *, heal: bool = True, copies: bool = False) -> Scrubber:
         self._history.refresh()
@@ -147,10 +144,6 @@ class _Settings(msgspec.Struct, frozen=True):
 
     def shape(self) -> Shape:
         return Shape(self.data, self.extra).checked()
-
-
-def _silent(_done: int, _total: int, _what: str) -> None:
-    """No progress is shown."""
 
 
 def _at_once(_size: int) -> None:

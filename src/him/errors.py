@@ -53,7 +53,7 @@ KINDS: Final[dict[str, Kind]] = {
         "The snapshot is sealed.",
     ),
     "integrity": Kind(
-        "run `him fsck`, then restore the named object from a copy", 5, 500, "DATA_LOSS", "Stored bytes are damaged."
+        "run `him fsck`: it names each fault and what mends it", 5, 500, "DATA_LOSS", "Stored bytes are damaged."
     ),
     "expired": Kind("nothing to repair: retention removed it", 6, 410, "NOT_FOUND", "Removed by retention."),
     "shredded": Kind("nothing to repair: its key was destroyed", 6, 410, "NOT_FOUND", "Shredded on purpose."),

@@ -8,6 +8,13 @@ from numpy.typing import NDArray
 
 from him.types import CommitRecord, LiveState, PackFinished, PackRange, Snapshot, StreamSpec
 
+Progress = Callable[[int, int, str], None]
+"""Told of long work: how much is done, of how much in all, and what is at hand."""
+
+
+def silent(_done: int, _total: int, _what: str) -> None:
+    """No progress is shown."""
+
 
 class Clock(Protocol):
     """Time, handed in so that replay and simulation can decide it."""
@@ -378,9 +385,11 @@ __all__ = [
     "Memo",
     "ObjectStore",
     "PictureDecoder",
+    "Progress",
     "Projection",
     "Recorder",
     "Rng",
     "TextEncoder",
     "TextReader",
+    "silent",
 ]

@@ -571,7 +571,8 @@ class Fault(msgspec.Struct, frozen=True):
     """One finding of fsck: which object, where, what is wrong, what to do, and of which kind it is.
 
     `kind` is one of "marker", "log", "checkpoint", "pack", "list" (what lists records, or stands between them),
-    "record", "tile", "ref", "cache", "tier", "lease", "trace", "file" and "version" (only newer software can read it).
+    "record", "tile", "ref", "parity", "cache", "tier", "lease", "trace", "file" and "version" (only newer software can
+    read it).
     """
 
     object: str

@@ -149,7 +149,7 @@ def test_more_than_the_budget_is_refused_before_anything_is_fetched(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.fill(everything=True)
-    monkeypatch.setattr("him.app.WARM_FREE_RATIO", 0.95)
+    monkeypatch.setattr("him.app.opening.WARM_FREE_RATIO", 0.95)
     with pytest.raises(LimitError, match="budget"):
         place.restore(everything=True)
     assert used(place.again) == 0

@@ -13,6 +13,7 @@ from him.catalog import lease, remedy
 from him.catalog.log import CHECKPOINT_FOLDER, END_BYTES, END_PATH, LOG_PATH, TURN_PATH
 from him.catalog.marker import MARKER, parsed
 from him.catalog.salvage import marker_bytes
+from him.catalog.spare import SPARE
 from him.config import PINS_BYTES_MAX
 from him.errors import IntegrityError, NotFoundError, VersionError
 from him.ports import Disk
@@ -23,7 +24,7 @@ from him.tier.settings import TIER, tier_settings
 from him.types import Fault
 
 _KNOWN: Final = {
-    "": {MARKER, TIER, "restoring.json", "log", "packs", "leases", "spool", "cache", "cold", "care"},
+    "": {MARKER, TIER, "parity.json", "restoring.json", "log", "packs", "leases", "spool", "cache", "cold", "care"},
     "log": {LOG_PATH.partition("/")[2], END_PATH.partition("/")[2], TURN_PATH.partition("/")[2], "checkpoints"},
     "cold": {"account", "pins", "receipts", "hotness", "log"},
 }
@@ -44,7 +45,7 @@ class Examined(NamedTuple):
 def examine(disk: Disk) -> Examined:
     """Look at every small file of a repository."""
     found = Examined([], [])
-    for look in (_marker, _end, _tier, _receipts, _pins, _account, _leases, _segments, _unknown):
+    for look in (_marker, _end, _spare, _tier, _receipts, _pins, _account, _leases, _segments, _unknown):
         for fault, harms in look(disk):
             (found.faults if harms else found.notes).append(fault)
     return found
@@ -85,6 +86,21 @@ def _end(disk: Disk) -> _Findings:
         yield Fault(END_PATH, END_PATH, "the published end is missing", remedy.END, "log"), False
     elif data and blake3(data[: END_BYTES - 32]).digest() != data[END_BYTES - 32 :]:
         yield Fault(END_PATH, END_PATH, "the published end does not match its digest", remedy.END, "log"), False
+
+
+def _spare(disk: Disk) -> _Findings:
+    """The log is never shorter than its copy, unless it was cut or is an older one."""
+    sizes: list[int] = []
+    for path in (LOG_PATH, SPARE):
+        try:
+            file = disk.open(path)
+        except NotFoundError:
+            return
+        sizes.append(file.size())
+        file.close()
+    if sizes[0] < sizes[1]:
+        text = "it is shorter than its spare copy: it was cut, or is an older one"
+        yield Fault("commit log", LOG_PATH, text, remedy.OLDER_LOG, "log"), True
 
 
 def _tier(disk: Disk) -> _Findings:

@@ -137,6 +137,7 @@ class Fsck:
         for number, pack in enumerate(packs):
             self._progress(number, len(packs), pack.name)
             size += self._pack(pack)
+        self._parity()
         self._others({pack.name for pack in (told or live).packs})
         # Snapshots and names of one moment: others drop and name them meanwhile.
         self._history.refresh()
@@ -239,7 +240,7 @@ class Fsck:
 
     def _examined(self, pack: PackState) -> int:
         try:
-            file = self._disk.open(pack.name)
+            file = self._opened(pack.name)
         except HimError:
             error = IntegrityError("a pack is missing", object=pack.name, place=pack.name)
             self._fault(error, "pack", remedy.PACK)
@@ -247,19 +248,38 @@ class Fsck:
         try:
             errors, healed = self._checked(file, pack), False
             for _ in range(MENDS_MAX):
-                if not errors or not self._store.mend(pack.name):
+                if not errors:
                     break
-                errors, healed = self._checked(file, pack), True
+                # Reading what is made of a damaged record may have mended it meanwhile: so look again in any case.
+                more, before = self._store.mend(pack.name), len(errors)
+                errors = self._checked(file, pack)
+                healed = healed or len(errors) < before
+                if not more:
+                    break
             if healed:
-                text = "it did not verify at first, and is as in the cold tier now"
-                self._note(Fault(pack.name, pack.name, text, "nothing: it was mended", "pack"))
+                self._note_mended(pack.name)
             if errors:
                 errors = self._relisted(file, pack, errors)
+            # Only what the cold tier holds was ever freed here.
+            freed = self._store.tiered and self._store.resident(pack.name) is None and len(file.data_runs()) != 1
             for error in errors:
-                self._pack_fault(error, pack.name)
+                self._pack_fault(error, pack.name, remedy.RECEIPTS if freed else remedy.HEAL)
             return file.size()
         finally:
             file.close()
+
+    def _opened(self, name: str) -> File:
+        try:
+            return self._disk.open(name)
+        except NotFoundError:
+            if not self._store.mend(name):
+                raise
+            self._note_mended(name)
+            return self._disk.open(name)
+
+    def _note_mended(self, name: str) -> None:
+        text = "it was damaged, and was mended from the cold tier or from parity"
+        self._note(Fault(name, name, text, "nothing: it was mended", "pack"))
 
     def _checked(self, file: File, pack: PackState) -> list[HimError]:
         """Every fault of a pack."""
@@ -287,10 +307,10 @@ class Fsck:
         lists = [error for error in errors if (error.object, error.place, error.message) not in kept]
         written = bool(lists) and self._rebuild and self._written(file, pack.name, wanted)
         for error in lists:
-            named = error.object if error.object in ("", pack.name) else f"a list ({error.object[:12]}…)"
+            named = pack.name if error.object in ("", pack.name) else f"a list ({error.object[:12]}…)"
             if written:
                 text = f"{error.message}: it was written again"
-                self._note(Fault(named or pack.name, error.place, text, "nothing: it was mended", "list"))
+                self._note(Fault(named, error.place, text, "nothing: it was mended", "list"))
             else:
                 self._fault(IntegrityError(error.message, object=named, place=error.place), "list", remedy.RELIST)
         return left
@@ -308,13 +328,13 @@ class Fsck:
             return False
         return True
 
-    def _pack_fault(self, error: HimError, pack: str) -> None:
+    def _pack_fault(self, error: HimError, pack: str, fix: str) -> None:
         if isinstance(error, VersionError):
             self._fault(error, "version", remedy.NEWER)
         elif error.object == pack and error.place == f"{pack} @ 0":
             self._fault(error, "pack", remedy.FOREIGN_PACK)
         else:
-            self._fault(error, "record" if error.object != pack else "pack", remedy.HEAL)
+            self._fault(error, "record" if error.object != pack else "pack", fix)
 
     def _content(self, found: layout.Record, place: str, *, found_by_name: bool) -> HimError | None:
         """Whether the stored bytes decode to what the blob_id names, and whether the addresses know of them.
@@ -364,6 +384,14 @@ class Fsck:
         except (IntegrityError, VersionError):
             pass
         return False
+
+    def _parity(self) -> None:
+        if self._store.parity is not None:
+            for held in self._store.parity.groups():
+                for name in held.names:
+                    error = self._store.parity.check_file(name)
+                    if error is not None:
+                        self._fault(error, "parity", remedy.PARITY)
 
     def _others(self, named: set[str]) -> None:
         """Packs that the log does not name: of interrupted commits, of other repositories, or of a longer log."""

@@ -1,17 +1,27 @@
 """Healing a repository: whatever is damaged and can be made again, from wherever that is, in one go."""
 
+from collections.abc import Iterable
+from typing import Protocol
+
 import msgspec
 
 from him.catalog import spare
-from him.catalog.fsck import Fsck, FsckReport, Progress
-from him.catalog.history import History
+from him.catalog.fsck import FsckReport
 from him.catalog.log import CHECKPOINT_FOLDER, FileLog
 from him.errors import HimError
-from him.ports import Projection
+from him.ports import Progress
 from him.tier.care import Journal
-from him.tier.scrub import Scrubbed, Scrubber
+from him.tier.scrub import Scrubber
 from him.tier.warm import WarmStore
 from him.types import Fault
+
+
+class Check(Protocol):
+    """`Repository.fsck`."""
+
+    def __call__(self, *, rebuild: bool, progress: Progress | None) -> FsckReport:
+        """Check everything; what was found."""
+        ...
 
 
 class HealReport(msgspec.Struct, frozen=True):
@@ -30,14 +40,18 @@ class HealReport(msgspec.Struct, frozen=True):
 
 
 class Healer:
-    """One healing of a repository that can be opened."""
+    """One healing of a repository that can be opened.
+
+    Args:
+        check: a check of the whole repository, which with `rebuild` writes again what follows from sound records.
+        scrubber: reads every file once and mends it.
+    """
 
     def __init__(
-        self, history: History, projection: Projection, store: WarmStore, log: FileLog, journal: Journal,
-        scrubber: Scrubber, progress: Progress,
-    ) -> None:  # fmt: skip
-        self._history, self._projection, self._store = history, projection, store
-        self._log, self._journal, self._scrubber, self._progress = log, journal, scrubber, progress
+        self, check: Check, store: WarmStore, log: FileLog, journal: Journal, scrubber: Scrubber, progress: Progress
+    ) -> None:
+        self._check, self._store, self._log = check, store, log
+        self._journal, self._scrubber, self._progress = journal, scrubber, progress
 
     def run(self) -> HealReport:
         """Scrub everything, make again what can be, and check what came of it.
@@ -46,38 +60,25 @@ class Healer:
             BusyError: another process scrubs. StorageError: the disk refused.
         """
         wrong: dict[tuple[str, str], Fault] = {}
-        for one in self._scrubber.run():
-            self._progress(len(wrong), 0, one.name)
-            wrong.update(_keyed(one))
+        for number, one in enumerate(self._scrubber.run()):
+            self._progress(number, 0, one.name)
+            wrong.update(_keyed(map(fault_from, one.faults)))
         self._store.protect(self._progress)
-        found = self._fsck()
-        wrong.update({(fault.object, fault.place): fault for fault in found.errors})
-        mended = [self._mend(fault) for fault in found.errors]
-        if any(mended):
-            found = self._fsck()
+        found = self._check(rebuild=False, progress=self._progress)
+        wrong.update(_keyed(found.errors))
+        for fault in found.errors:
+            if fault.kind == "checkpoint" and fault.place.startswith(CHECKPOINT_FOLDER):
+                # The log says the same. (One that it contradicts is no such fault.)
+                self._store.disk.remove(f"{CHECKPOINT_FOLDER}/{int(fault.object.split()[1]):016d}")
+        if not found.ok:
+            found = self._check(rebuild=True, progress=self._progress)
         spare.keep(self._store.disk, self._log)
         left = {(fault.object, fault.place) for fault in found.errors}
         healed = tuple(fault for key, fault in wrong.items() if key not in left)
         return HealReport(healed, found.errors, len(self._journal.quarantined()))
 
-    def _fsck(self) -> FsckReport:
-        return Fsck(self._history, self._projection, self._store, self._progress).run()
 
-    def _mend(self, fault: Fault) -> bool:
-        """Do what the fault's remedy says, where that loses nothing; whether anything was done."""
-        if fault.place.startswith("cache") or fault.object == "catalog":
-            self._history.rebuild()
-            self._store.forget_addresses()
-            return True
-        if fault.object.startswith("checkpoint"):
-            # The log says the same.
-            self._store.disk.remove(f"{CHECKPOINT_FOLDER}/{int(fault.object.split()[1]):016d}")
-            return True
-        return False
-
-
-def _keyed(one: Scrubbed) -> dict[tuple[str, str], Fault]:
-    faults = [fault_from(error) for error in one.faults]
+def _keyed(faults: Iterable[Fault]) -> dict[tuple[str, str], Fault]:
     return {(fault.object, fault.place): fault for fault in faults}
 
 

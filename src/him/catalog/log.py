@@ -272,7 +272,7 @@ class FileLog:
         while at > seq:
             size = int.from_bytes(self._file.read_at(offset - _SIZE, _SIZE), "little")
             if not _LEAST <= size <= offset:
-                raise _damaged(at, offset)
+                raise self._broken(at, offset)
             at, offset = at - 1, offset - size
         return offset
 
@@ -419,6 +419,20 @@ def record_at(file: Readable, offset: int, seq: int, before: bytes) -> bytes:
     """All bytes of the record `seq` that follows the hash `before`, as they stand at an offset; b"" when it is not."""
     record = _parse(file, offset, seq, before)
     return b"" if record is None else file.read_at(offset, record[2] - offset)
+
+
+def published_mark(disk: Disk) -> Mark | None:
+    """Where the log was published up to, as the end file says; None when that is damaged, or missing."""
+    try:
+        file = disk.open(END_PATH)
+    except NotFoundError:
+        return None
+    try:
+        data = file.read_at(0, END_BYTES)
+    finally:
+        file.close()
+    whole = len(data) == END_BYTES and blake3(data[: _END.size]).digest() == data[_END.size :]
+    return Mark(*_END.unpack(data[: _END.size])) if whole else None
 
 
 def hash_of(record: bytes) -> bytes:

@@ -1,9 +1,11 @@
-"""What `him fsck --rebuild` writes again before it opens a repository: him.json, and receipts of the cold tier."""
+"""What `him fsck --rebuild` mends before it opens a repository: the log, him.json, and receipts of the cold tier."""
 
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
+from him.catalog import spare
+from him.catalog.log import LOG_PATH
 from him.catalog.marker import MARKER, MARKER_BYTES_MAX, Marker, parsed
 from him.catalog.salvage import log_facts, marker_bytes, owners
 from him.errors import IntegrityError, NotFoundError, StorageError
@@ -32,17 +34,22 @@ def mend(disk: Disk, cold: Callable[[TierSettings], ObjectStore], rng: Rng) -> l
 
     def other_id() -> str:
         with suppress(NotFoundError, IntegrityError):
-            settings = tier_settings(disk)
-            if settings is not None:
-                return parsed(cold(settings).get(MARKER, MARKER_BYTES_MAX), settings.cold).repository_id
+            if store is not None:
+                return parsed(store.get(MARKER, MARKER_BYTES_MAX), MARKER).repository_id
         return rng.token(_ID_BYTES).hex()
 
     done: list[Fault] = []
+    store: ObjectStore | None = None
+    with suppress(IntegrityError, StorageError):
+        settings = tier_settings(disk)
+        store = None if settings is None else cold(settings)
+    for number in spare.mend(disk, store):
+        text = "it was taken from the log's copy"
+        done.append(Fault(f"record {number}", LOG_PATH, text, _DONE, "log"))
     if rewrite_marker(disk, other_id):
         done.append(Fault(MARKER, MARKER, "it was written again", _DONE, "marker"))
     with suppress(IntegrityError, StorageError):  # Then they stay faults.
-        settings = tier_settings(disk)
-        if settings is not None and _ask_receipts(disk, lambda: cold(settings)):
+        if store is not None and _ask_receipts(disk, store):
             done.append(Fault(RECEIPTS, RECEIPTS, "they were asked from the cold tier again", _DONE, "tier"))
     return done
 
@@ -78,12 +85,13 @@ def rewrite_marker(disk: Disk, other_id: Callable[[], str]) -> bool:
     return True
 
 
-def _ask_receipts(disk: Disk, cold: Callable[[], ObjectStore]) -> bool:
-    """Ask the cold tier for the receipts of packs whose lines are damaged; whether there were any."""
-    if all(receipt is not None for receipt, _, _ in receipt_lines(disk)):
-        return False
-    store, known = cold(), receipts(disk)
+def _ask_receipts(disk: Disk, cold: ObjectStore) -> bool:
+    """Ask the cold tier for the receipts of packs that have none here; whether there were any."""
+    known = receipts(disk)
     absent = sorted(log_facts(disk).packs - {receipt.pack for receipt in known})
-    asked = [found for pack in absent if (found := receipt_of(store, pack)) is not None]
-    keep_receipts(disk, [*known, *asked])
-    return True
+    if not absent:
+        return False
+    asked = [found for pack in absent if (found := receipt_of(cold, pack)) is not None]
+    if asked or any(receipt is None for receipt, _, _ in receipt_lines(disk)):
+        keep_receipts(disk, [*known, *asked])
+    return bool(asked)

@@ -7,6 +7,7 @@ from him.errors import KINDS
 RELIST: Final = "run `him fsck --rebuild`: it is written again from the records, and proved by the log"
 HEAL: Final = "run `him heal`: the cold tier, another record or parity may have it; else put it again, or from a copy"
 PACK: Final = "run `him heal`, which takes it from the cold tier or from parity; else put the file back from a copy"
+PARITY: Final = "run `him heal`, or `him parity update`: it is made again from the packs"
 FOREIGN_PACK: Final = "put this repository's own pack of that name back from a copy"
 CACHE: Final = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
 CHECKPOINT: Final = "delete the file: the log says the same, and a new one is written at the next mark"
@@ -14,7 +15,7 @@ NEWER_CHECKPOINT: Final = "nothing to repair: the log says the same, and newer s
 END: Final = "nothing to do: where the log ends is found again, and written at the next opening"
 REF: Final = "delete the name: `him branch {name} --delete`"
 SEAL: Final = "run `him fsck --rebuild`: him.json is given a digest of its own"
-RECEIPTS: Final = "run `him fsck --rebuild`: what a line said is asked from the cold tier again"
+RECEIPTS: Final = "run `him fsck --rebuild`: which packs the cold tier holds is asked from it again"
 TIER_MISSING: Final = "name the cold tier again: `him tier set --cold PLACE --budget SIZE`"
 PINS: Final = "pin again what is to stay: `him tier pin`"
 ACCOUNT: Final = "nothing to do: what the packs take is counted again"
@@ -22,17 +23,13 @@ LEASE: Final = "nothing to do: it ends with its process; until then no pack is r
 LEFT_OVER: Final = "delete the file"
 ORPHAN: Final = "nothing to do: `him gc` removes it, unless a writer names it first"
 FOREIGN_FILE: Final = "move it away: nothing reads it"
-BRIDGED: Final = (
-    "what stands now is whole, what `him log` tells is not: put log/000001.log back from a copy of the repository"
-)
+_SPARE: Final = "run `him fsck --rebuild`, which mends it from its spare copy or the cold tier, where these have it"
+BRIDGED: Final = f"{_SPARE}; what stands now is whole, `him log` alone lacks what was before"
 BY_CACHE: Final = (
-    "it opens by the folder cache alone: keep that, copy the repository with `him clone`, or put log/000001.log back "
-    "from a copy"
+    f"{_SPARE}; else keep the folder cache, by which alone it opens, and copy the repository with `him clone`, or put "
+    "log/000001.log back from a copy"
 )
-OLDER_LOG: Final = (
-    "put the newest copy of log/000001.log back (a cold tier has one: `him restore`); if there is none, delete the "
-    "checkpoint: the repository is as this log has it"
-)
+OLDER_LOG: Final = f"{_SPARE}; else put the newest copy of log/000001.log back, or take it as it is: delete checkpoints"
 FOREIGN_LOG: Final = "put this repository's own log/000001.log back from a copy, and delete log/end"
 NEWER: Final = KINDS["version"].fix
 
@@ -45,12 +42,12 @@ def log_remedy(sound: int, end: int, cold: str) -> str:
         end: where the last of them ends, in bytes.
         cold: the place of the cold tier; empty without one.
     """
-    ways = ["put log/000001.log back from a copy of the repository"]
+    ways = [_SPARE, "put log/000001.log back from a copy of the repository"]
     if cold:
         ways.append(f"make a new one from the cold tier: `him restore {cold} NEW`")
     if sound:
         ways.append(
-            f"in a copy of the folder, cut log/000001.log to its first {end} bytes and delete log/end and cache: it is "
-            f"then as it was at record {sound}"
+            f"in a copy of the folder, cut log/000001.log to its first {end} bytes and delete log/end, "
+            f"log/checkpoints, care/log and cache: it is then as it was at record {sound}"
         )
     return "; or ".join(ways)

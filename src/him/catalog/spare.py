@@ -3,10 +3,11 @@
 The log is the one thing that nothing else tells. The copy lags behind what was committed last, and costs no sync.
 """
 
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
-from him.catalog.log import LOG_PATH, FileLog, Readable, hash_of, record_at
+from him.catalog.log import LOG_PATH, FileLog, Readable, hash_of, published_mark, record_at
 from him.errors import IntegrityError, NotFoundError
 from him.ports import Disk, ObjectStore
 from him.tier import cold as copies
@@ -59,20 +60,47 @@ def _mended(disk: Disk, source: Readable) -> list[int]:
     log = disk.open(LOG_PATH, create=True)
     try:
         log.lock(wait=True)
-        mended: list[int] = []
-        seq, offset, before = 1, 0, bytes(32)
-        while True:
-            record = record_at(log, offset, seq, before)
-            if not record:
-                record = record_at(source, offset, seq, before)
-                if not record:
-                    return mended
-                log.write_at(offset, record)
-                log.sync()
-                mended.append(seq)
-            seq, offset, before = seq + 1, offset + len(record), hash_of(record)
+        found = list(_repairs(log, source))
+        # What follows from a sound record of this log is of this log; the first record follows from nothing.
+        if found and found[0].seq == 1 and not _continues(disk, log, source, found):
+            return []
+        for repair in found:
+            log.write_at(repair.offset, repair.record)
+        log.sync()
+        return [repair.seq for repair in found]
     finally:
         log.close()
+
+
+class _Repair(NamedTuple):
+    """A record that is to stand at an offset of the log."""
+
+    seq: int
+    offset: int
+    record: bytes
+
+
+def _repairs(log: Readable, source: Readable) -> Iterator[_Repair]:
+    """The records that the log lacks and the source has, as far as either has one."""
+    seq, offset, before = 1, 0, bytes(32)
+    while True:
+        record = record_at(log, offset, seq, before)
+        if not record:
+            record = record_at(source, offset, seq, before)
+            if not record:
+                return
+            yield _Repair(seq, offset, record)
+        seq, offset, before = seq + 1, offset + len(record), hash_of(record)
+
+
+def _continues(disk: Disk, log: Readable, source: Readable, found: Sequence[_Repair]) -> bool:
+    """Whether a sound record of the log follows from those of the source, or its end was published behind one."""
+    mark = published_mark(disk)
+    for repair in found:
+        seq, offset, before = repair.seq + 1, repair.offset + len(repair.record), hash_of(repair.record)
+        if record_at(log, offset, seq, before) or (seq - 1, offset, before) == mark:
+            return True
+    return False
 
 
 class _Pieces:

@@ -8,6 +8,7 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+import him
 from him.cli.commands import JsonOption, RepoOption, command, group
 from him.cli.history import time_text
 from him.cli.session import Session, session_of
@@ -122,8 +123,8 @@ def heal(context: typer.Context, repo: RepoOption = None, json: JsonOption = Fal
     What cannot be mended is set aside: put the same content again, and it is whole.
     """
     session = session_of(context)
-    with session.repository(repo) as repository, session.progress("healing") as show:
-        report = repository.care.heal(show)
+    with session.progress("healing") as show:
+        report = him.heal(session.repository_path(repo), progress=show)
     if json:
         session.json({"ok": report.ok, **msgspec.to_builtins(report)})
     else:

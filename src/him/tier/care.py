@@ -17,6 +17,8 @@ from him.ports import Clock, Disk, File
 from him.tier import lines
 
 JOURNAL: Final = "care/journal"
+_HEAD_BYTES: Final = 256
+"""Of a file that only grows the beginning stays."""
 What = Literal["healed", "quarantined", "released"]
 
 
@@ -40,7 +42,7 @@ class Journal:
     def __init__(self, disk: Disk, clock: Clock, *, read_only: bool = False) -> None:
         self._disk, self._clock, self._read_only = disk, clock, read_only
         self._file: File | None = None
-        self._end = 0
+        self._end, self._head = 0, b""
         # The file's lock holds between processes; threads of one share its descriptor.
         self._threads = threading.RLock()
         self._held: dict[tuple[str, int], Event] = {}
@@ -84,9 +86,10 @@ class Journal:
             self._file = None
 
     def _learn(self, file: File) -> None:
-        if file.size() < self._end:
+        if file.size() < self._end or file.read_at(0, len(self._head)) != self._head:
             # Another process has shortened it.
             self._end, self._held, self._healed = 0, {}, []
+        self._head = file.read_at(0, _HEAD_BYTES)
         for event, end in lines.read(file, self._end, Event):
             self._end = end
             if event is not None:

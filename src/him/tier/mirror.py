@@ -49,6 +49,7 @@ PACKS: Final = "packs/"
 RECEIPTS: Final = f"{FOLDER}/receipts"
 _HOTNESS: Final = f"{FOLDER}/hotness"
 
+_LOST: Final = "the cold tier does not hold a pack it was given"
 _Names = list[str]
 Ranges = list[tuple[int, int]]
 """(offset, bytes) each."""
@@ -299,7 +300,7 @@ class Mirror:
         return found
 
     def fetch(self, path: str, offset: int, size: int) -> memoryview:
-        """A range straight from the cold tier. Raises NotFoundError, UnavailableError, StorageError."""
+        """A range straight from the cold tier. Raises IntegrityError (it is lost), UnavailableError, StorageError."""
         self._passed_through += 1
         return self._got(path, [(offset, size)])[0]
 
@@ -380,7 +381,7 @@ class Mirror:
         receipt = self._held[path]
         with self._asking():
             if self._cold.size(path) != receipt.size:
-                raise IntegrityError("the cold tier does not hold a pack it was given", object=path, place=path)
+                raise IntegrityError(_LOST, object=path, place=path)
             if copies.digest_of(self._cold, path, receipt.size, pace) != receipt.digest:
                 raise IntegrityError("the cold tier does not give back what it was given", object=path, place=path)
 
@@ -782,7 +783,7 @@ class Mirror:
             try:
                 parts = self._cold.get_ranges(path, ranges)
             except NotFoundError as error:
-                raise IntegrityError("the cold tier lacks the pack, or a part of it", place=path) from error
+                raise IntegrityError(_LOST, object=path, place=path) from error
         with self._lock:
             self._fetches += len(ranges)
             self._fetched_bytes += sum(size for _, size in ranges)

@@ -13,13 +13,12 @@ from him.pack import parity as code
 from him.pack.check import check_pack
 from him.pack.galois import Bytes
 from him.pack.parity import Group, Member, ParityFile
-from him.ports import Disk, ErasureCode
+from him.ports import Disk, ErasureCode, Progress
 from him.tier.care import Journal
 from him.types import PackFinished, PackState
 
 FOLDER: Final = "packs"
 _LOCK: Final = "care/lock"
-Progress = Callable[[int, int, str], None]
 Write = Callable[[str, int, bytes | memoryview], None]
 """Put sound bytes at an offset of a pack or parity file, which is made where it is missing."""
 

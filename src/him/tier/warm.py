@@ -39,13 +39,13 @@ from him.errors import (
 from him.pack import format as layout
 from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
-from him.ports import Disk, File, Projection, Rng
+from him.ports import Disk, File, Progress, Projection, Rng
 from him.tier.address import AddressIndex, Location
 from him.tier.assembly import Assembly, Blob, Prepared, Values, checked, parts_of
 from him.tier.care import Journal, What
 from him.tier.kept import Buffers, Recent
 from him.tier.mirror import Mirror
-from him.tier.protect import Made, Parity, Progress
+from him.tier.protect import Made, Parity
 from him.tile import codec
 from him.tile.address import KIND_TILE, blob_id
 from him.tile.chunks import CHUNKS
@@ -711,7 +711,7 @@ class WarmStore:
                 if self._mirror.heal(name, at.offset, data):
                     self._note("healed", name, at, why="cold")
                 return record
-            except (IntegrityError, NotFoundError, UnavailableError) as error:
+            except (IntegrityError, UnavailableError) as error:
                 lost = error
         with suppress(IntegrityError):
             if self.parity is not None and self.parity.mend(name, at.offset, at.length):

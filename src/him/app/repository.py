@@ -1,9 +1,4 @@
-"""The composition root: puts adapters behind the ports and offers the whole as `Repository`.
-
-with him.open("memory", create=True) as repo:
-    repo.writable("main").put_image(picture, "login")
-    answer = repo.query("find button 'Submit'", "main")
-"""
+"""A repository as its users hold it: adapters behind the ports, and every room behind one name."""
 
 import contextlib
 import os
@@ -21,27 +16,23 @@ from numpy.typing import NDArray
 import him
 from him import doctor
 from him.adapters import isal
-from him.adapters.local import LocalDisk, SystemClock, SystemRng
-from him.adapters.minilm import MiniLmEncoder
+from him.adapters.local import LocalDisk
 from him.adapters.npy import NpyFile
 from him.adapters.objects import open_store
 from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
-from him.adapters.rapidocr import RapidTextReader
 from him.adapters.sqlite import SqliteMemo, SqliteProjection
+from him.app.folder import unmarked
 from him.care import CareHandle, shape_of
 from him.catalog import marker as marker_file
 from him.catalog import spare
 from him.catalog.files import examine
-from him.catalog.fsck import Fsck, FsckReport, unopened
+from him.catalog.fsck import Fsck, FsckReport
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import TAG, History, new_ulid
-from him.catalog.log import LOG_PATH, FileLog
+from him.catalog.log import FileLog
 from him.catalog.marker import MARKER, MARKER_BYTES_MAX, Marker
-from him.catalog.mend import mend
 from him.catalog.reader import CRITICAL, SnapshotReader
-from him.catalog.restore import Restored
-from him.catalog.restore import restore as restore_log
 from him.catalog.retention import HOLD
 from him.catalog.salvage import check_owner, marker_bytes
 from him.catalog.stats import Stats, measure
@@ -55,11 +46,8 @@ from him.config import (
     FORMAT_VERSION,
     IMAGE_FILE_BYTES_MAX,
     IMAGE_PIXELS_MAX,
-    REPOSITORY_FORMAT,
-    RESTORE_BUDGET_BYTES,
     TREE_BYTES_MAX,
     WARM_BUDGET_BYTES_LEAST,
-    WARM_FREE_RATIO,
 )
 from him.errors import (
     ConflictError,
@@ -74,7 +62,7 @@ from him.handle import Parts, SnapshotHandle, TierHandle, read_limited
 from him.ingest import Ingest, IngestReport, Progress
 from him.pack.galois import product
 from him.perception import parse_tree
-from him.ports import Clock, Disk, ObjectStore, Recorder, Rng, TextEncoder, TextReader
+from him.ports import Clock, Disk, ObjectStore, Recorder, Rng, TextEncoder, TextReader, silent
 from him.query import Answer, QuerySource, answer, plan
 from him.query.calibrate import shipped
 from him.query.snapshot import RowCache, SnapshotSource
@@ -91,7 +79,7 @@ from him.tier.cold import take_over as claim_tier
 from him.tier.mirror import Mirror, receipts
 from him.tier.protect import Parity
 from him.tier.settings import TIER, TierSettings, tier_settings
-from him.tier.warm import PACK_FOLDER, WarmStore
+from him.tier.warm import WarmStore
 from him.types import (
     TRACE_PREFIX,
     QueryPlan,
@@ -111,193 +99,12 @@ _SAMPLES_KEPT: Final = 64
 _SAMPLES_NEEDED: Final = 20
 
 
-RESTORING: Final = "restoring.json"
-"""Holds the marker of a repository that is being restored into the folder."""
-
-
-def open(
-    path: str | os.PathLike[str],
-    *,
-    create: bool = False,
-    clock: Clock | None = None,
-    rng: Rng | None = None,
-    reader: TextReader | None = None,
-    encoder: TextEncoder | None = None,
-    disk: Disk | None = None,
-    cold: ObjectStore | None = None,
-) -> "Repository":
-    """Open a repository.
-
-    Args:
-        path: its folder.
-        create: make it when the folder is missing or empty.
-        clock, rng, reader, encoder, disk: other ports than the embedded ones; a disk must hold the same folder.
-        cold: another cold store than the one `tier.json` names; only used where there is such a file.
-
-    Raises:
-        NotFoundError: no repository there.
-        ConflictError: `create`, and the folder holds something else.
-        VersionError: written by a newer format.
-        IntegrityError: its commit log is damaged.
-    """
-    root = Path(path)
-    clock, rng = clock or SystemClock(), rng or SystemRng()
-    if not (root / MARKER).is_file():
-        if not create:
-            raise _unmarked(root)
-        _create(root, disk or LocalDisk(root), clock, rng)
-    return Repository(root, clock, rng, reader or RapidTextReader(), encoder or MiniLmEncoder(), disk, cold)
-
-
-def clone(
-    source: str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    *,
-    refs: Sequence[str] | None = None,
-    progress: Progress | None = None,
-) -> TransferReport:
-    """Make a repository at `path` that holds what branches and tags of another one name (`Repository.push`).
-
-    Run again after a break it goes on: a repository without a snapshot is taken as it is.
-
-    Raises:
-        NotFoundError: no repository at `source`, or no such branch or tag.
-        ConflictError: `path` holds something else, or a named branch's head is open.
-    """
-    with open(source) as origin:
-        absent = [name for name in refs or () if name not in origin.refs()]
-        if absent:
-            raise NotFoundError(f"no branch or tag is called {absent[0]!r}", object=absent[0])
-        if Path(path).exists() and Path(path).samefile(origin.path):
-            raise UsageError("both sides are one repository", object=str(path), fix="name another folder")
-        with open(path, create=True) as made:
-            if made.snapshots():
-                raise ConflictError("there is a repository already", object=str(path), fix="use `him pull` in it")
-            return made.pull(source, refs, progress=progress)
-
-
-def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
-    """`Repository.fsck` for a repository that may be too damaged to open: then its packs are checked by themselves.
-
-    Args:
-        rebuild: first write again what can be told from elsewhere: him.json, receipts of the cold tier, caches, lists.
-
-    Raises:
-        NotFoundError: no repository there. VersionError: written by newer software.
-    """
-    root = Path(path)
-    if not (root / MARKER).is_file() and not isinstance(error := _unmarked(root), IntegrityError):
-        raise error
-    disk = LocalDisk(root, read_only=not os.access(root, os.W_OK))
-    mended = mend(disk, lambda tier: open_store(tier.cold), SystemRng()) if rebuild else []
-    before = examine(disk)
-    try:
-        repository = open(path)
-    except IntegrityError as error:
-        return unopened(disk, before, error)
-    with repository:
-        return repository.fsck(rebuild=rebuild, progress=progress).after(before, mended)
-
-
-def restore(
-    cold: str,
-    path: str | os.PathLike[str],
-    *,
-    budget_bytes: int = RESTORE_BUDGET_BYTES,
-    everything: bool = False,
-    progress: Progress | None = None,
-) -> Restored:
-    """Make a repository from its cold tier alone; it only reads that tier until `set_tier(…, take_over=True)`.
-
-    What the newest, unfinished packs held is not there: the log is cut before the first commit that needs it. Packs are
-    fetched as they are read. An interrupted restore goes on when it is called again.
-
-    Args:
-        cold: a folder, or `s3://bucket/prefix` (credentials come from the environment).
-        path: a folder that does not exist or is empty.
-        budget_bytes: what the packs may take on this disk.
-        everything: fetch all packs at once.
-
-    Raises:
-        ConflictError: the folder holds something else.
-        NotFoundError: there is no repository in the cold tier.
-        IntegrityError: what it holds is damaged; names the place.
-        LimitError: not everything fits into the budget.
-    """
-    root = Path(path)
-    _check_budget(budget_bytes)
-    if "://" not in cold and not Path(cold).is_dir():
-        raise NotFoundError("there is no such folder", object=cold, fix="name the place that `him tier set` was given")
-    store = open_store(cold)
-    try:
-        marker = store.get(MARKER, MARKER_BYTES_MAX)
-    except NotFoundError as error:
-        fix = "name the place that `him tier set` was given"
-        raise NotFoundError("there is no repository in the cold tier", object=cold, fix=fix) from error
-    if root.exists() and not _left_by_restore(root, marker):
-        raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
-    marker_file.parsed(marker, cold)
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    disk = LocalDisk(root)
-    disk.write_whole(RESTORING, marker)
-    (root / PACK_FOLDER).mkdir(exist_ok=True, mode=0o700)
-    show = progress or _silent
-    found = restore_log(disk, store, SystemClock(), f"{platform.node()}:{os.getpid()}", show)
-    if everything and found.cold_bytes > budget_bytes * (1 - WARM_FREE_RATIO):
-        raise LimitError(
-            f"all packs take {found.cold_bytes:,} bytes, of the budget of {budget_bytes:,} nine tenths may be filled",
-            fix="give a larger --budget, or leave --all out: packs are then fetched as they are read",
-        )
-    settings = TierSettings(cold, budget_bytes, None)
-    if everything:
-        mirror = Mirror(disk, store, SystemClock(), budget_bytes, claim=settings.claim())
-        with contextlib.closing(mirror):
-            mirror.prefetch_all(show)
-    disk.write_whole(TIER, settings.encoded())
-    # Last, so that a crash leaves either something to go on with or a whole repository.
-    disk.write_whole(MARKER, marker)
-    disk.remove(RESTORING)
-    return found
-
-
-def _left_by_restore(root: Path, marker: bytes) -> bool:
-    """Whether the folder is empty, or holds what an interrupted restore of this repository has left."""
-    if not root.is_dir():
-        return False
-    names = {
-        entry.name for entry in root.iterdir() if not (entry.name.startswith(RESTORING) and entry.suffix == ".new")
-    }
-    if not names:
-        return True
-    return MARKER not in names and RESTORING in names and (root / RESTORING).read_bytes() == marker
-
-
-def _check_budget(budget_bytes: int) -> None:
+def check_budget(budget_bytes: int) -> None:
+    """Whether one can work within a warm budget. Raises UsageError."""
     if budget_bytes < WARM_BUDGET_BYTES_LEAST:
         raise UsageError(
             f"a warm budget of {budget_bytes} bytes is too small", fix=f"give at least {WARM_BUDGET_BYTES_LEAST}"
         )
-
-
-def _unmarked(root: Path) -> HimError:
-    """Why a folder without him.json is no repository: it lost it, a restore was interrupted, or it never was one."""
-    if (root / RESTORING).is_file():
-        return ConflictError("a restore was interrupted", object=str(root), fix="run `him restore` again: it goes on")
-    log = root / LOG_PATH
-    if log.is_file() and (log.stat().st_size or any((root / PACK_FOLDER).glob("*.pack"))):
-        return IntegrityError(f"{MARKER} is missing", object=MARKER, place=MARKER, fix=marker_file.REWRITE)
-    return NotFoundError(f"no repository at {root}", object=str(root), fix=f"make one with `him init {root}`")
-
-
-def _create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
-    if root.exists() and (not root.is_dir() or not all(_left_by_creation(entry) for entry in root.iterdir())):
-        raise ConflictError(f"{root} is not empty", object=str(root), fix="name a new or empty folder")
-    root.mkdir(parents=True, exist_ok=True, mode=0o700)
-    FileLog.create(disk)
-    (root / PACK_FOLDER).mkdir(exist_ok=True, mode=0o700)
-    marker = Marker(REPOSITORY_FORMAT, rng.token(16).hex(), clock.now_ns())
-    # Last, so that a crash leaves either no repository or a whole one.
-    disk.write_whole(MARKER, marker.encoded())
 
 
 def _mirror(disk: Disk, clock: Clock, cold: ObjectStore | None, *, read_only: bool) -> Mirror | None:
@@ -314,23 +121,8 @@ def _mirror(disk: Disk, clock: Clock, cold: ObjectStore | None, *, read_only: bo
     )  # fmt: skip
 
 
-def _left_by_creation(entry: Path) -> bool:
-    """Whether an interrupted creation left this in the folder, where nothing can be stored yet."""
-    if entry.name.startswith(f"{MARKER}.") and entry.suffix == ".new":
-        return True
-    return (
-        entry.name in ("log", PACK_FOLDER)
-        and entry.is_dir()
-        and not any(not file.is_file() or file.stat().st_size for file in entry.iterdir())
-    )
-
-
 def _read_marker(disk: Disk) -> Marker:
     return marker_file.parsed(marker_bytes(disk), MARKER)
-
-
-def _silent(_done: int, _total: int, _what: str) -> None:
-    """No progress is shown."""
 
 
 class Repository:
@@ -415,7 +207,7 @@ class Repository:
             UsageError: a store that cannot be, or a budget too small to work in.
             ConflictError: the cold tier belongs to another repository, or lacks packs that only the present one holds.
         """
-        _check_budget(budget_bytes)
+        check_budget(budget_bytes)
         store, marker = open_store(cold, storage_class), marker_bytes(self._disk)
         if not store.put(MARKER, marker, if_absent=True) and not marker_file.same_repository(
             store.get(MARKER, MARKER_BYTES_MAX), self._repository_id, cold
@@ -456,7 +248,14 @@ class Repository:
     def care(self) -> CareHandle:
         """Parity, scrubbing and healing."""
         return CareHandle(
-            self._disk, self._store, self._history, self._projection, self._log, self._journal, self._clock
+            self._disk,
+            self._store,
+            self._history,
+            self._projection,
+            self._log,
+            self._journal,
+            self._clock,
+            self.fsck,
         )
 
     # -- snapshots and names
@@ -750,6 +549,8 @@ class Repository:
             with contextlib.suppress(IntegrityError):
                 self._history.rebuild()
             self._store.forget_addresses()
+        with contextlib.suppress(HimError):
+            self._store.refresh()  # Which puts right what it finds in caches.
         beside = examine(self._disk)
         beside.faults.extend(fault for spool in self._spools for fault in trace_faults(spool))
         return Fsck(
@@ -808,7 +609,7 @@ class Repository:
 
     def stats(self, progress: Progress | None = None) -> Stats:
         """Bytes by stream and tier, and what sharing, compression and deltas save. Reads every page."""
-        return measure(self._history, self._projection, self._store, progress or _silent)
+        return measure(self._history, self._projection, self._store, progress or silent)
 
     def retention(self) -> dict[tuple[str, str], int]:
         """How long tiles are kept: (stream, task or "") → seconds; a stream that is not named keeps for ever."""
@@ -856,7 +657,9 @@ class Repository:
         path = Path(other)
         if path.exists() and path.samefile(self.path):
             raise UsageError("both sides are one repository", object=str(path), fix="name another folder")
-        return open(path, clock=self._clock, rng=self._rng, reader=self._text_reader, encoder=self._encoder)
+        if not (path / MARKER).is_file():
+            raise unmarked(path)
+        return Repository(path, self._clock, self._rng, self._text_reader, self._encoder)
 
     def _side(self, *, write: bool = False) -> Side:
         """What a transfer needs of it. Raises StorageError when it cannot be written to."""
@@ -986,16 +789,3 @@ def _plain(operation: msgspec.Struct) -> dict[str, object]:
     fields = {name: getattr(operation, name) for name in operation.__struct_fields__}
     shown = {name: value.hex() if isinstance(value, bytes) else value for name, value in fields.items()}
     return {"operation": str(operation.__struct_config__.tag), **shown}
-
-
-__all__ = [
-    "HimError",
-    "Repository",
-    "SnapshotHandle",
-    "TransferReport",
-    "answer_line",
-    "check",
-    "clone",
-    "open",
-    "restore",
-]
