@@ -62,8 +62,9 @@ def _shrunk(seed: int, ops: int, processes: int, report: "Report") -> str:
     """A smaller case that fails alike, as text."""
     from him.sim.run import ALL_FAULTS
     from him.sim.shrink import shrink
+    from him.sim.workload import workload
 
-    case, found = shrink(seed, ops, processes, ALL_FAULTS, report)
+    case, found = shrink(seed, workload(seed, ops, processes), processes, ALL_FAULTS, report)
     assert found.failure is not None
     calls = " ".join(f"{op.kind}#{op.number}@{op.process % case.processes}" for op in case.ops)
     faults = ", ".join(sorted(case.faults)) or "none"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from him.adapters.sqlite import SqliteProjection
 from him.care import CareHandle
 from him.catalog import spare
-from him.catalog.fsck import Fsck, FsckReport
+from him.catalog.fsck import Fsck, FsckReport, Progress
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import History
 from him.catalog.log import FileLog
@@ -98,7 +98,9 @@ class Rooms:
 
     def care(self) -> CareHandle:
         """Parity, scrubbing and healing."""
-        return CareHandle(self.disk, self.store, self.history, self.projection, self.log, self.journal, self.clock)
+        return CareHandle(
+            self.disk, self.store, self.history, self.projection, self.log, self.journal, self.clock, self.fsck
+        )
 
     def side(self) -> Side:
         """What a transfer needs."""
@@ -108,9 +110,9 @@ class Rooms:
         """One collection of garbage."""
         return Collector(self.history, self.projection, self.store, self.clock, roots).run(choice, dry_run=dry_run)
 
-    def fsck(self) -> FsckReport:
+    def fsck(self, *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
         """One check."""
-        return Fsck(self.history, self.projection, self.store).run()
+        return Fsck(self.history, self.projection, self.store, progress, rebuild=rebuild).run()
 
     def close(self) -> None:
         """Release everything, as `app.Repository.close` does."""

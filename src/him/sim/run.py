@@ -10,7 +10,7 @@ from him.sim.model import Violation
 from him.sim.schedule import Deadlock
 from him.sim.small import small
 from him.sim.workload import KINDS, weather, workload
-from him.sim.world import Kind, Op, World
+from him.sim.world import Op, World
 
 PROCESSES: Final = 3
 ALL_FAULTS: Final = frozenset(FAULTS)
@@ -60,8 +60,7 @@ def simulate(
     given = workload(seed, count, processes) if ops is None else ops
     failure: Failure | None = None
     with small():
-        kinds: dict[str, Kind] = {**KINDS}
-        world = World(seed, processes, faults, kinds, weather)
+        world = World(seed, processes, faults, KINDS, weather)
         try:
             world.run(given)
         except Violation as found:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence, Set
 from typing import NamedTuple
 
 from him.sim.run import Report, simulate
-from him.sim.workload import workload
 from him.sim.world import Op
 
 TRIES_MAX = 200
@@ -26,7 +25,7 @@ class Case(NamedTuple):
 
 def shrink(
     seed: int,
-    count: int,
+    ops: Sequence[Op],
     processes: int,
     faults: Set[str],
     report: Report,
@@ -34,10 +33,10 @@ def shrink(
     tries: int = TRIES_MAX,
     told: Callable[[str], None] = lambda _: None,
 ) -> tuple[Case, Report]:
-    """A smaller case that fails in the same check as `report`, and its own report."""
+    """A smaller case that fails in the same check as `report` of these calls, and its own report."""
     assert report.failure is not None
     check, left = report.failure.check, tries
-    best = Case(seed, tuple(workload(seed, count, processes)), processes, frozenset(faults)), report
+    best = Case(seed, tuple(ops), processes, frozenset(faults)), report
 
     def fails(case: Case) -> bool:
         nonlocal best, left

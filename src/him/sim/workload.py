@@ -91,6 +91,10 @@ class Work(NamedTuple):
     expects: tuple[type[HimError], ...] = ()
     """Errors that what is there may be the reason for."""
 
+    def run(self, process: Process, rooms: Rooms, rng: Random) -> None:
+        """Do it."""
+        self.call(process, rooms, rng)
+
     def judge(self, process: Process, error: HimError) -> None:
         """Whether something explains an error. Raises Violation."""
         act, gate = process.act, process.gate

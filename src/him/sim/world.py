@@ -40,9 +40,8 @@ class Op(NamedTuple):
 class Kind(Protocol):
     """What a kind of workload call does."""
 
-    @property
-    def call(self) -> Callable[["Process", Rooms, Random], None]:
-        """Does it. Raises HimError, Violation."""
+    def run(self, process: "Process", rooms: Rooms, rng: Random) -> None:
+        """Do it. Raises HimError, Violation."""
         ...
 
     def judge(self, process: "Process", error: HimError) -> None:
@@ -91,7 +90,7 @@ class World:
     """
 
     def __init__(
-        self, seed: int, processes: int, faults: Set[str], kinds: Mapping[str, Kind],
+        self, seed: int, processes: int, faults: Set[str], kinds: Mapping[str, "Kind"],
         weather: Callable[["Process", Random], None],
     ) -> None:  # fmt: skip
         self.seed, self.faults, self.kinds, self.weather_of = seed, faults, kinds, weather
@@ -119,10 +118,15 @@ class World:
             FileLog.create(disk)
             disk.sync_folder("packs")
 
-    def run(self, ops: Sequence[Op]) -> None:
-        """Run a workload. Raises Violation, or whatever went wrong."""
+    def run(self, ops: Sequence[Op], *, close: bool = True) -> None:
+        """Run a workload. Raises Violation, or whatever went wrong.
+
+        Args:
+            close: at the end every process closes the repository.
+        """
         for process in self.processes:
             process.ops = [op for op in ops if op.process % len(self.processes) == process.number]
+            process.closes = close
         was, _ = gc.isenabled(), gc.freeze()
         gc.disable()
         try:
@@ -195,6 +199,7 @@ class Process:
     def __init__(self, world: World, number: int) -> None:
         self.world, self.number = world, number
         self.ops: Sequence[Op] = ()
+        self.closes = True
         self.life = 0
         self.rooms: Rooms | None = None
         self.kept: list[Kept] = []
@@ -251,8 +256,9 @@ class Process:
         self.gate.task = self.world.schedule.current
         for op in self.ops:
             self._perform(op)
-        with contextlib.suppress(HimError, PowerLoss):
-            self.close()
+        if self.closes:
+            with contextlib.suppress(HimError, PowerLoss):
+                self.close()
 
     def _perform(self, op: Op) -> None:
         kind = self.world.kinds[op.kind]
@@ -264,7 +270,7 @@ class Process:
         try:
             try:
                 rooms = self.opened()
-                kind.call(self, rooms, rng)
+                kind.run(self, rooms, rng)
             except HimError as error:
                 self._settle()
                 act.ended, act.doubt = error.kind, self.gate.undoing
