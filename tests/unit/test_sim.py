@@ -1,4 +1,4 @@
-"""The simulator itself: it repeats, finds what was planted, cuts failures down, and its world is as hard as a real one."""
+"""The simulator itself: it repeats, finds what was planted, cuts failures down; its world is as hard as a real one."""
 
 import os
 import subprocess

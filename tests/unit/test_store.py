@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import MemDisk, Stack
+from fakes import MemDisk, Stack, new_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -287,3 +287,51 @@ def test_a_rotten_address_index_is_made_anew(stack: Stack, tmp_path: Path, monke
     for (y, x), values in cells.items():
         assert np.array_equal(reader.tile(TileKey("kv_cache", "f", 0, y, x)), values)
     assert again.fsck().ok
+
+
+def test_of_two_places_in_memory_the_other_is_found_when_a_pack_goes() -> None:
+    """Two packs hold one tile; a collection of another process gives up the one that was learnt last."""
+    index = AddressIndex(MemDisk())
+    for number in range(2):
+        learn(index, number + 1, number, rows_of([(blob(2), 64, 1, KIND_TILE, 0)]))
+    index.condemned = frozenset({1})
+    assert index.missing([blob(2)] * 20) == [False] * 20
+    index.condemned, index.removed = frozenset(), frozenset({1})
+    assert index.find(blob(2)) == Location(0, 64, 1, 0)
+    index.flush(above=0)
+    assert index.find(blob(2)) == Location(0, 64, 1, 0)
+
+
+def test_rows_that_were_learnt_in_part_name_no_commit(tiny_segments: None) -> None:
+    """A finished pack brings rows of older commits, which a segment that was written before it would lack."""
+    disk = MemDisk()
+    index = AddressIndex(disk)
+    index.add(0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
+    assert disk.list("cache/addresses") == ["0000000000000000.0.part"]
+    other = AddressIndex(disk)
+    other.load(9)
+    assert other.position == 0
+    index.add(1, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20, 25)]))
+    index.reached(9, keep=True)
+    assert disk.list("cache/addresses") == ["0000000000000009.seg"]
+    other = AddressIndex(disk)
+    other.load(9)
+    assert other.position == 9
+    assert all(found.find(blob(2 * n)) is not None for n in range(25) for found in (index, other))
+
+
+def test_a_row_that_names_no_pack_is_told_and_the_index_made_anew() -> None:
+    stack = Stack(new_disk())
+    stack.ingest.append("main", "logs", [{"n": 1}], writer="w")
+    (frame,) = stack.at("main").frames()
+    stack.store.close()
+    stack.store._addresses.flush(above=0)
+    segment = next(path for path in stack.disk.files if path.endswith(".seg"))
+    data = stack.disk.files[segment].now
+    count = (len(data) - 128) // 32
+    for row in range(count):
+        data[128 + 16 * count + 16 * row + 2] ^= 1
+    again = Stack(stack.disk)
+    (key,) = again.at("main").keys("logs", frame.name)
+    assert again.at("main").tile(key) == b'{"n":1}\n'
+    again.close()

@@ -389,9 +389,20 @@ class Fsck:
         if self._store.parity is not None:
             for held in self._store.parity.groups():
                 for name in held.names:
-                    error = self._store.parity.check_file(name)
+                    error = self._parity_error(name)
                     if error is not None:
                         self._fault(error, "parity", remedy.PARITY)
+
+    def _parity_error(self, name: str) -> IntegrityError | None:
+        """What is wrong with a parity file, once it was put right from the cold tier; others may replace its group."""
+        assert self._store.parity is not None
+        error = self._store.parity.check_file(name)
+        for _ in range(MENDS_MAX):
+            if error is None or not self._store.mend(name):
+                break
+            error = self._store.parity.check_file(name)
+        there = name.removeprefix(f"{PACK_FOLDER}/") in self._disk.list(PACK_FOLDER)
+        return error if there else None
 
     def _others(self, named: set[str]) -> None:
         """Packs that the log does not name: of interrupted commits, of other repositories, or of a longer log."""

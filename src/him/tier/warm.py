@@ -871,6 +871,8 @@ class WarmStore:
         try:
             file = self._opened(named.pack)
         except IntegrityError:
+            if self._just_removed(named.pack):
+                return layout.rows_of([])
             if not salvage:
                 raise
             self._salvaged = True
