@@ -598,8 +598,13 @@ def trace(process: Process, rooms: Rooms, rng: Random) -> None:
     traces = process.world.traces
     if traces and rng.random() < 0.6:
         kept = rng.choice(traces)
-        with rooms.history.lease():
-            read_some(process, rooms.reader(kept), process.site.model.content(kept), rng, 3)
+        try:
+            with rooms.history.lease():
+                rooms.history.refresh()
+                read_some(process, rooms.reader(kept), process.site.model.content(kept), rng, 3)
+        except IntegrityError:
+            if kept in traces:
+                raise  # Else another process has deleted it meanwhile, and nothing keeps what it names.
         return
     with reading(process, rooms, target_of(process.site.model, rng)) as (_, content, reader):
         read_some(process, reader, content, rng, 2)

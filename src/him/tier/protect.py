@@ -306,7 +306,7 @@ class Parity:
                 return file.read_at(offset, size)
             finally:
                 file.close()
-        except NotFoundError as error:
+        except (NotFoundError, IntegrityError) as error:
             raise _UnsoundError(name, IntegrityError("a pack is missing", object=name, place=name)) from error
 
     def _remove(self, held: _Held) -> None:
