@@ -20,10 +20,14 @@ from him.catalog.history import History
 from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
 from him.config import EMBEDDING_DIMS
-from him.errors import NotFoundError, StorageError, UnavailableError
+from him.errors import NotFoundError, UnavailableError
 from him.ingest import Ingest
 from him.pack.galois import product
 from him.ports import Disk
+from him.sim.disk import Faults as Faults
+from him.sim.disk import MemDisk as MemDisk
+from him.sim.disk import MemFile as MemFile
+from him.sim.disk import PowerLoss as PowerLoss
 from him.tier.care import Journal
 from him.tier.mirror import Mirror
 from him.tier.protect import Parity, Shape
@@ -203,52 +207,6 @@ class FakeEncoder:
 # -- disks
 
 
-class PowerLoss(BaseException):
-    """The machine stopped: nothing of the program runs on (hence no Exception)."""
-
-
-class Faults:
-    """Decides, for every changing operation in order, whether it fails.
-
-    `mode` says how the chosen one fails: "refuse" changes nothing, "partial" writes half, "late" does all and still
-    reports failure, "power" stops the machine before it, "power-after" right after it.
-    """
-
-    def __init__(self, at: int | None = None, mode: str = "refuse", times: int = 1) -> None:
-        self.at = at
-        self.mode = mode
-        self.times = times
-        self.count = 0
-        self.kinds: list[str] = []
-        self.dead = False
-
-    def run(self, kind: str, path: str, whole: Callable[[], None], part: Callable[[], None] | None = None) -> None:
-        """Run one changing operation or fail it."""
-        if self.dead:
-            raise PowerLoss
-        self.count += 1
-        self.kinds.append(f"{kind} {path}")
-        if self.at is None or not self.at <= self.count < self.at + self.times:
-            whole()
-            return
-        if self.mode == "power":
-            self.dead = True
-            raise PowerLoss
-        if self.mode == "partial" and part is not None:
-            part()
-        elif self.mode in ("late", "power-after"):
-            whole()
-        if self.mode == "power-after":
-            self.dead = True
-            raise PowerLoss
-        raise StorageError(f"the disk is full ({kind} {self.count})", place=path)
-
-    def alive(self) -> None:
-        """Reads fail too once the machine stopped."""
-        if self.dead:
-            raise PowerLoss
-
-
 class FaultsAt(Faults):
     """Fails the first operation of a kind ("sync log/000001.log"; the path may be cut short)."""
 
@@ -260,189 +218,6 @@ class FaultsAt(Faults):
         if self.at is None and f"{kind} {path}".startswith(self._operation):
             self.at = self.count + 1
         super().run(kind, path, whole, part)
-
-
-class MemFileData:
-    """A file's bytes as programs see them, and what has reached the medium.
-
-    `pending` holds what was done since the last sync, in order: (offset, bytes), or (size, None) for a truncation.
-    """
-
-    def __init__(self) -> None:
-        self.now = bytearray()
-        self.durable = bytearray()
-        self.pending: list[tuple[int, bytes | None]] = []
-        self.named = False
-        self.holder: object | None = None
-
-
-def _apply(data: bytearray, offset: int, piece: bytes | None) -> None:
-    if piece is None:
-        if offset < len(data):
-            del data[offset:]
-        else:
-            data.extend(bytes(offset - len(data)))
-        return
-    if len(data) < offset:
-        data.extend(bytes(offset - len(data)))
-    data[offset : offset + len(piece)] = piece
-
-
-class MemDisk:
-    """`ports.Disk` in memory that knows what a power loss would leave.
-
-    Names are durable once their folder was synced, bytes once their file was.
-    """
-
-    def __init__(self, faults: Faults | None = None) -> None:
-        self.faults = faults or Faults()
-        self.files: dict[str, MemFileData] = {}
-
-    def open(self, path: str, *, create: bool = False) -> "MemFile":
-        self.faults.alive()
-        if path not in self.files:
-            if not create:
-                raise NotFoundError("no such file in the repository", place=path)
-
-            def make() -> None:
-                self.files[path] = MemFileData()
-
-            self.faults.run("create", path, make)
-        return MemFile(self, path, self.files[path])
-
-    def view(self, path: str, offset: int, size: int) -> memoryview:
-        return memoryview(self.open(path).read_at(offset, size))
-
-    def list(self, folder: str) -> list[str]:
-        self.faults.alive()
-        head = f"{folder}/" if folder else ""
-        return sorted({p.removeprefix(head).split("/")[0] for p in self.files if p.startswith(head)})
-
-    def write_whole(self, path: str, *parts: bytes | memoryview) -> None:
-        data = b"".join(parts)
-
-        def replace() -> None:
-            made = MemFileData()
-            made.now, made.durable, made.named = bytearray(data), bytearray(data), True
-            self.files[path] = made
-
-        self.faults.run("replace", path, replace)
-
-    def remove(self, path: str) -> None:
-        self.faults.run("remove", path, lambda: self.files.pop(path, None) and None)
-
-    def sync_folder(self, folder: str) -> None:
-        def sync() -> None:
-            for path, data in self.files.items():
-                if path.rpartition("/")[0] == folder:
-                    data.named = True
-
-        self.faults.run("sync_folder", folder, sync)
-
-    def after_power_loss(self, keep: Callable[[], str]) -> "MemDisk":
-        """What a restart finds; for every unsynced piece `keep` says "all", "half" or "none".
-
-        Unsynced names appear when `keep` does not say "none".
-        """
-        found = MemDisk()
-        for path, data in self.files.items():
-            if not data.named and keep() == "none":
-                continue
-            left = MemFileData()
-            left.named = True
-            left.durable = bytearray(data.durable)
-            for offset, piece in data.pending:
-                fate = keep()
-                if fate == "all" or (fate == "half" and piece is None):
-                    _apply(left.durable, offset, piece)
-                elif fate == "half" and piece is not None:
-                    _apply(left.durable, offset, piece[: len(piece) // 2])
-            left.now = bytearray(left.durable)
-            found.files[path] = left
-        return found
-
-    def copy(self) -> "MemDisk":
-        """What another process sees after this one was killed: everything written, no locks."""
-        found = MemDisk()
-        for path, data in self.files.items():
-            found.files[path] = left = MemFileData()
-            left.now, left.durable, left.named = bytearray(data.now), bytearray(data.now), True
-        return found
-
-
-class MemFile:
-    """A descriptor on a MemDisk."""
-
-    def __init__(self, disk: MemDisk, path: str, data: MemFileData) -> None:
-        self._disk, self._path, self._data = disk, path, data
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        self._disk.faults.alive()
-        return bytes(self._data.now[offset : offset + size])
-
-    def _write(self, offset: int, data: bytes) -> None:
-        _apply(self._data.now, offset, data)
-        self._data.pending.append((offset, data))
-
-    def read_into(self, offset: int, buffer: memoryview) -> int:
-        data = self.read_at(offset, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def write_at(self, offset: int, *parts: bytes | memoryview) -> None:
-        whole = b"".join(parts)
-        self._disk.faults.run(
-            "write",
-            self._path,
-            lambda: self._write(offset, whole),
-            lambda: self._write(offset, whole[: len(whole) // 2]),
-        )
-
-    def size(self) -> int:
-        self._disk.faults.alive()
-        return len(self._data.now)
-
-    def truncate(self, size: int) -> None:
-        def cut() -> None:
-            _apply(self._data.now, size, None)
-            self._data.pending.append((size, None))
-
-        self._disk.faults.run("truncate", self._path, cut)
-
-    def allocated(self) -> int:
-        return sum(end - start for start, end in self.data_runs())
-
-    def data_runs(self) -> list[tuple[int, int]]:
-        """Blocks of 4 KiB that are not all zero."""
-        now, block = self._data.now, 4096
-        return [(at, min(at + block, len(now))) for at in range(0, len(now), block) if any(now[at : at + block])]
-
-    def punch(self, offset: int, size: int) -> bool:
-        inside = max(0, min(size, len(self._data.now) - offset))
-        self._disk.faults.run("punch", self._path, lambda: self._write(offset, bytes(inside)))
-        return True
-
-    def sync(self) -> None:
-        def settle() -> None:
-            self._data.durable = bytearray(self._data.now)
-            self._data.pending = []
-
-        self._disk.faults.run("sync", self._path, settle)
-
-    def lock(self, *, wait: bool) -> bool:
-        self._disk.faults.alive()
-        if self._data.holder not in (None, self):
-            assert not wait, "a test would wait for ever"
-            return False
-        self._data.holder = self
-        return True
-
-    def unlock(self) -> None:
-        if self._data.holder is self:
-            self._data.holder = None
-
-    def close(self) -> None:
-        self.unlock()
 
 
 class MemObjects:

@@ -75,6 +75,8 @@ SCRUB_BYTES_PER_S: Final = 20 * 1024 * 1024
 # Tiers (spec §1.3, §7, design §6, §9, docs/design/008-tiers.md)
 EXTENT_BYTES: Final = 256 * 1024
 """What is fetched from the cold tier and freed at once."""
+MENDS_MAX: Final = 8
+"""Times that what does not verify is put right and read again: other processes may free meanwhile what is read."""
 WARM_FREE_RATIO: Final = 0.10
 """Of the warm budget kept free for what is written: fetching never fills it."""
 WARM_BUDGET_BYTES_LEAST: Final = 16 * 1024 * 1024

@@ -286,7 +286,9 @@ class Ingest:
             _check_value(spec, value)
             shape = _grown(shape, _cell_frame(spec, frame, row, column, *_shape_of(value)))
         if shape is None:
-            shape = self._existing(self._history.snapshot(target), stream, frame)
+            # Without an extent: another writer may give the frame a smaller one before this is committed.
+            there = self._existing(self._history.snapshot(target), stream, frame)
+            shape = msgspec.structs.replace(there, height=0, width=0)
         # Only now may the branch be created: what is refused leaves nothing.
         snapshot = self._history.writable(target)
         origin, begun = snapshot_bytes(snapshot.snapshot_id), self._history.begin()

@@ -247,8 +247,7 @@ class CountingDisk(MemDisk):
     """Counts what is read of the log."""
 
     def __init__(self, other: MemDisk) -> None:
-        super().__init__()
-        self.files = other.copy().files
+        super().__init__(volume=other.volume.copy())
         self.log_bytes = 0
         self.log_reads = 0
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from fakes import FakeClock, FakeRng, Faults, MemDisk, PowerLoss, Stack, new_disk, picture, together
+from fakes import FakeClock, FakeRng, Faults, FaultsAt, MemDisk, PowerLoss, Stack, new_disk, picture, together
 
 from him.catalog.log import CHECKPOINT_FOLDER
 from him.errors import HimError
@@ -355,3 +355,35 @@ def test_a_read_only_look_after_a_power_loss_shows_all_that_was_acknowledged() -
         step(stack)
     left = disk.after_power_loss(lambda: "none")
     assert FileLog(left, read_only=True).head() == stack.log.head()
+
+
+def test_a_record_whose_sync_failed_does_not_come_back_after_a_power_loss() -> None:
+    """A failed sync may have made it durable: undoing it has to last, or the next to open would publish it."""
+    disk = new_disk()
+    stack = Named(disk)
+    for step in STEPS[:3]:
+        step(stack)
+    before = stack.log.head()
+    disk.faults = FaultsAt("sync log/000001.log", "partial")
+    disk.sync_folder("log")
+    with pytest.raises(HimError):
+        STEPS[3](stack)
+    assert stack.log.head() == before
+    left = disk.after_power_loss(lambda: "none")
+    assert Named(left).log.head() == before
+
+
+def test_who_opens_while_another_mends_the_end_waits() -> None:
+    from him.catalog.log import LOG_PATH, FileLog
+
+    disk = new_disk()
+    stack = Named(disk)
+    for step in STEPS[:4]:
+        step(stack)
+    left = disk.after_power_loss(lambda: "none")
+    other = left.open(LOG_PATH)
+    assert other.lock(wait=False)
+    with pytest.raises(AssertionError, match="wait for ever"):
+        FileLog(left)
+    other.unlock()
+    assert FileLog(left).head() == stack.log.head()

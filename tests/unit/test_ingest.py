@@ -426,3 +426,21 @@ def test_built_in_streams_can_all_be_written(stack: Stack) -> None:
     assert len(stack.at("main").frames()) == len(STREAMS)
     stack.history.seal("main")
     assert stack.fsck().ok
+
+
+def test_a_deletion_does_not_grow_a_frame_that_became_smaller_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = Stack(new_disk())
+    large, small = (np.ones((side, side), dtype=np.uint8) for side in (1_200, 300))
+    stack.ingest.array("main", "kv_cache", "f", large)
+    writable = stack.history.writable
+
+    def late(name: str) -> object:
+        monkeypatch.setattr(stack.history, "writable", writable)
+        stack.ingest.array("main", "kv_cache", "f", small)
+        return writable(name)
+
+    monkeypatch.setattr(stack.history, "writable", late)
+    stack.ingest.tiles("main", "kv_cache", "f", {(1, 1): None})
+    frame = stack.at("main").frame("kv_cache", "f")
+    assert (frame.height, frame.width) == (300, 300)
+    stack.close()

@@ -15,7 +15,7 @@ from him.adapters.local import LocalDisk
 from him.catalog.log import FileLog
 from him.config import CHUNKS_FROM_BYTES, DELTA_DEPTH_MAX, DELTA_FLATTEN_RATIO
 from him.errors import ConflictError, IntegrityError, LimitError, NotFoundError, UsageError
-from him.pack.format import rows_of
+from him.pack.format import Rows, rows_of
 from him.tier.address import AddressIndex, Location
 from him.tile.address import KIND_TILE
 from him.tile.chunks import CHUNKS
@@ -305,10 +305,16 @@ def test_one_blob_stored_deep_by_one_writer_and_in_full_by_another_is_read_by_bo
             assert stack.fsck().ok
 
 
+def learn(index: AddressIndex, seq: int, pack: int, rows: Rows) -> None:
+    """What one commit added to a pack."""
+    index.add(pack, rows)
+    index.reached(seq, keep=True)
+
+
 def test_of_several_records_of_a_blob_the_least_deep_is_found() -> None:
     index, name = AddressIndex(MemDisk()), BlobId(bytes(range(32)))
     for seq, depth_of in enumerate([2, 3, 0, 1, 4], 1):
-        index.add(seq, seq, rows_of([(name, 64 * seq, 100, KIND_TILE, depth_of)]))
+        learn(index, seq, seq, rows_of([(name, 64 * seq, 100, KIND_TILE, depth_of)]))
         found = index.find(name)
         assert found is not None
         assert (found.pack, found.depth) == ((1, 2) if seq < 3 else (3, 0))
@@ -319,5 +325,5 @@ def test_of_several_records_of_a_blob_the_least_deep_is_found() -> None:
     both = rows_of([(name, 64, 100, KIND_TILE, 0), (name, 128, 100, KIND_TILE, 2)])
     for rows in (both, both[::-1]):
         fresh = AddressIndex(MemDisk())
-        fresh.add(1, 0, rows)
+        learn(fresh, 1, 0, rows)
         assert fresh.find(name) == Location(0, 64, 100, 0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import MemDisk, Stack
+from fakes import MemDisk, Stack, new_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from him.adapters.local import LocalDisk
 from him.catalog.log import FileLog
 from him.config import BUFFER_FROM_BYTES
 from him.errors import IntegrityError, NotFoundError
-from him.pack.format import rows_of
+from him.pack.format import Rows, rows_of
 from him.tier.address import AddressIndex, Location
 from him.tile.address import KIND_PAGE, KIND_TILE
 from him.types import BlobId, TileKey
@@ -34,6 +34,12 @@ def shares_a_row(number: int, numbers: set[int]) -> bool:
 # -- the address index
 
 
+def learn(index: AddressIndex, seq: int, pack: int, rows: Rows) -> None:
+    """What one commit added to a pack."""
+    index.add(pack, rows)
+    index.reached(seq, keep=True)
+
+
 @pytest.fixture
 def tiny_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("him.tier.address.ADDRESS_TAIL_ROWS", 16)
@@ -49,7 +55,7 @@ def test_addresses_are_found_in_tail_and_segments(batches: list[list[int]]) -> N
         where: dict[int, list[Location]] = {}
         for seq, numbers in enumerate(batches, 1):
             fresh = [n for n in numbers if n & 1 == 0]
-            index.add(seq, seq, rows_of([(blob(n), 64 * n, n + 1, KIND_TILE, 0) for n in fresh]))
+            learn(index, seq, seq, rows_of([(blob(n), 64 * n, n + 1, KIND_TILE, 0) for n in fresh]))
             for n in fresh:
                 where.setdefault(n, []).append(Location(seq, 64 * n, n + 1, 0))
             index.flush()
@@ -70,7 +76,7 @@ def test_segments_stay_few_and_are_loaded_again(tiny_segments: None) -> None:
     disk = MemDisk()
     index = AddressIndex(disk)
     for seq in range(1, 101):
-        index.add(seq, 0, rows_of([(blob(2 * (20 * seq + i)), 64 * i, 1, KIND_TILE, 0) for i in range(18)]))
+        learn(index, seq, 0, rows_of([(blob(2 * (20 * seq + i)), 64 * i, 1, KIND_TILE, 0) for i in range(18)]))
         index.flush()
     assert len(disk.list("cache/addresses")) <= 6
     again = AddressIndex(disk)
@@ -82,10 +88,10 @@ def test_segments_stay_few_and_are_loaded_again(tiny_segments: None) -> None:
 def test_leftovers_of_a_merge_and_segments_of_the_future_are_dropped(tiny_segments: None) -> None:
     disk = MemDisk()
     index = AddressIndex(disk)
-    index.add(5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
+    learn(index, 5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
     (old,) = disk.list("cache/addresses")
     kept = bytes(disk.files[f"cache/addresses/{old}"].now)
-    index.add(9, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20, 60)]))
+    learn(index, 9, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20, 60)]))
     assert disk.list("cache/addresses") == ["0000000000000009.seg"]
     disk.write_whole(f"cache/addresses/{old}", kept)
     again = AddressIndex(disk)
@@ -102,9 +108,9 @@ def test_leftovers_of_a_merge_and_segments_of_the_future_are_dropped(tiny_segmen
 def test_a_segment_never_claims_rows_of_a_tail_that_could_not_be_written(tiny_segments: None, mode: str) -> None:
     disk = MemDisk()
     index = AddressIndex(disk)
-    index.add(1, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(3)]))
+    learn(index, 1, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(3)]))
     disk.faults.at, disk.faults.mode = disk.faults.count + 1, mode
-    index.add(2, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(3, 40)]))
+    learn(index, 2, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(3, 40)]))
     disk.faults.at = None
     index.flush()
     again = AddressIndex(disk)
@@ -117,7 +123,7 @@ def test_a_segment_never_claims_rows_of_a_tail_that_could_not_be_written(tiny_se
 def test_a_damaged_head_costs_the_segment_and_a_damaged_row_is_told(tiny_segments: None, at: int) -> None:
     disk = MemDisk()
     index = AddressIndex(disk)
-    index.add(5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
+    learn(index, 5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
     data = disk.files["cache/addresses/0000000000000005.seg"].now
     data[at] ^= 1
     again = AddressIndex(disk)
@@ -281,3 +287,51 @@ def test_a_rotten_address_index_is_made_anew(stack: Stack, tmp_path: Path, monke
     for (y, x), values in cells.items():
         assert np.array_equal(reader.tile(TileKey("kv_cache", "f", 0, y, x)), values)
     assert again.fsck().ok
+
+
+def test_of_two_places_in_memory_the_other_is_found_when_a_pack_goes() -> None:
+    """Two packs hold one tile; a collection of another process gives up the one that was learnt last."""
+    index = AddressIndex(MemDisk())
+    for number in range(2):
+        learn(index, number + 1, number, rows_of([(blob(2), 64, 1, KIND_TILE, 0)]))
+    index.condemned = frozenset({1})
+    assert index.missing([blob(2)] * 20) == [False] * 20
+    index.condemned, index.removed = frozenset(), frozenset({1})
+    assert index.find(blob(2)) == Location(0, 64, 1, 0)
+    index.flush(above=0)
+    assert index.find(blob(2)) == Location(0, 64, 1, 0)
+
+
+def test_rows_that_were_learnt_in_part_name_no_commit(tiny_segments: None) -> None:
+    """A finished pack brings rows of older commits, which a segment that was written before it would lack."""
+    disk = MemDisk()
+    index = AddressIndex(disk)
+    index.add(0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
+    assert disk.list("cache/addresses") == ["0000000000000000.0.part"]
+    other = AddressIndex(disk)
+    other.load(9)
+    assert other.position == 0
+    index.add(1, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20, 25)]))
+    index.reached(9, keep=True)
+    assert disk.list("cache/addresses") == ["0000000000000009.seg"]
+    other = AddressIndex(disk)
+    other.load(9)
+    assert other.position == 9
+    assert all(found.find(blob(2 * n)) is not None for n in range(25) for found in (index, other))
+
+
+def test_a_row_that_names_no_pack_is_told_and_the_index_made_anew() -> None:
+    stack = Stack(new_disk())
+    stack.ingest.append("main", "logs", [{"n": 1}], writer="w")
+    (frame,) = stack.at("main").frames()
+    stack.store.close()
+    stack.store._addresses.flush(above=0)
+    segment = next(path for path in stack.disk.files if path.endswith(".seg"))
+    data = stack.disk.files[segment].now
+    count = (len(data) - 128) // 32
+    for row in range(count):
+        data[128 + 16 * count + 16 * row + 2] ^= 1
+    again = Stack(stack.disk)
+    (key,) = again.at("main").keys("logs", frame.name)
+    assert again.at("main").tile(key) == b'{"n":1}\n'
+    again.close()

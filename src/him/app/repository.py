@@ -502,6 +502,7 @@ class Repository:
         except msgspec.ValidationError as error:
             raise UsageError(f"not a plan: {error}", fix="give the JSON of `him query --plan-only --json`") from error
         name = str(plan.get("snapshot_id") or tiles.snapshot_id)
+        self._history.refresh()  # It may be of what another process has committed.
         reader = SnapshotReader(self._store, self._memo, bytes.fromhex(tiles.directory))
         warm = sum(
             1 for tile in tiles.tiles if reader.entry(TileKey(tile.stream, tile.frame, tile.level, tile.y, tile.x))
@@ -522,7 +523,10 @@ class Repository:
         Raises:
             NotFoundError: no such trace.
         """
-        return replay_trace(self._load_trace(trace_id), self._fresh_pins, self._rerun)
+        trace = self._load_trace(trace_id)
+        with self._history.lease():
+            self._history.refresh()  # It may be of what another process has committed.
+            return replay_trace(trace, self._fresh_pins, self._rerun)
 
     def traces(self) -> list[str]:
         """Ids of recorded queries, oldest first."""

@@ -16,7 +16,7 @@ from him.catalog.log import CHECKPOINT_FOLDER, LOG_PATH
 from him.catalog.marker import MARKER, REWRITE, needed_format
 from him.catalog.retention import Expiry
 from him.catalog.salvage import owners, told_unopened
-from him.config import CHECKPOINT_BYTES_MAX
+from him.config import CHECKPOINT_BYTES_MAX, MENDS_MAX
 from him.errors import HimError, IntegrityError, NotFoundError, StorageError, VersionError
 from him.pack import format as layout
 from him.pack.check import check_pack
@@ -139,11 +139,13 @@ class Fsck:
             size += self._pack(pack)
         self._parity()
         self._others({pack.name for pack in (told or live).packs})
-        snapshots = self._history.snapshots()
-        for number, found in enumerate(snapshots):
-            self._progress(number, len(snapshots), "snapshots")
+        # Snapshots and names of one moment: others drop and name them meanwhile.
+        self._history.refresh()
+        live = self._projection.state()
+        for number, (_, found) in enumerate(live.snapshots):
+            self._progress(number, len(live.snapshots), "snapshots")
             self._snapshot(found)
-        self._refs(snapshots)
+        self._refs(live)
         faults, notes = tuple(self._faults.values()), tuple(self._notes.values())
         return FsckReport(faults, len(self._expired), 0, len(self._tiles), len(packs), size, notes)
 
@@ -225,6 +227,18 @@ class Fsck:
 
     def _pack(self, pack: PackState) -> int:
         """Check all that belongs to a pack, once more after it was put right; its size in bytes."""
+        faults, damaged = dict(self._faults), set(self._damaged)
+        size = self._examined(pack)
+        if len(self._faults) > len(faults) and self._removed(pack.name):
+            self._faults, self._damaged = faults, damaged
+        return size
+
+    def _removed(self, name: str) -> bool:
+        """Whether another process has removed a pack, which was condemned before, since this check began."""
+        self._history.refresh()
+        return any(removed and name == gone for gone, _, removed in self._projection.released(0))
+
+    def _examined(self, pack: PackState) -> int:
         try:
             file = self._opened(pack.name)
         except HimError:
@@ -232,13 +246,18 @@ class Fsck:
             self._fault(error, "pack", remedy.PACK)
             return 0
         try:
-            errors = self._checked(file, pack)
-            if errors:
+            errors, healed = self._checked(file, pack), False
+            for _ in range(MENDS_MAX):
+                if not errors:
+                    break
                 # Reading what is made of a damaged record may have mended it meanwhile: so look again in any case.
-                self._store.mend(pack.name)
-                before, errors = len(errors), self._checked(file, pack)
-                if len(errors) < before:
-                    self._note_mended(pack.name)
+                more, before = self._store.mend(pack.name), len(errors)
+                errors = self._checked(file, pack)
+                healed = healed or len(errors) < before
+                if not more:
+                    break
+            if healed:
+                self._note_mended(pack.name)
             if errors:
                 errors = self._relisted(file, pack, errors)
             # Only what the cold tier holds was ever freed here.
@@ -267,7 +286,7 @@ class Fsck:
         found: list[HimError] = []
 
         def look(record: layout.Record, place: str) -> None:
-            error = self._content(record, place)
+            error = self._content(record, place, found_by_name=not pack.condemned)
             if error is not None:
                 found.append(error)
 
@@ -317,8 +336,12 @@ class Fsck:
         else:
             self._fault(error, "record" if error.object != pack else "pack", fix)
 
-    def _content(self, found: layout.Record, place: str) -> HimError | None:
-        """Whether the stored bytes decode to what the blob_id names, and whether the addresses know of them."""
+    def _content(self, found: layout.Record, place: str, *, found_by_name: bool) -> HimError | None:
+        """Whether the stored bytes decode to what the blob_id names, and whether the addresses know of them.
+
+        Args:
+            found_by_name: the addresses have to know of them (what is in a condemned pack nobody need find).
+        """
         header = found.header
         try:
             if header.delta_depth or header.codec == CHUNKS:
@@ -336,10 +359,17 @@ class Fsck:
                 self._partless.add(header.blob_id)
                 return None
             return type(error)(error.message, object=header.blob_id.hex(), place=place)
-        if header.kind not in (KIND_INDEX, KIND_FOOTER) and not self._store.has(header.blob_id):
+        if found_by_name and header.kind not in (KIND_INDEX, KIND_FOOTER) and not self._known(header.blob_id):
             text = f"the addresses do not know of the record at {place}"
             self._faults[_ADDRESSES, _ADDRESSES] = Fault(_ADDRESSES, _ADDRESSES, text, remedy.CACHE, "cache")
         return None
+
+    def _known(self, blob: BlobId) -> bool:
+        """Whether the addresses know of a blob; the log may be ahead of them, where another process commits."""
+        if self._store.has(blob):
+            return True
+        self._history.refresh()
+        return self._store.has(blob)
 
     def _lacks_part(self, blob: BlobId) -> bool:
         """Whether something that a tile is made of is not stored at all."""
@@ -359,9 +389,20 @@ class Fsck:
         if self._store.parity is not None:
             for held in self._store.parity.groups():
                 for name in held.names:
-                    error = self._store.parity.check_file(name)
+                    error = self._parity_error(name)
                     if error is not None:
                         self._fault(error, "parity", remedy.PARITY)
+
+    def _parity_error(self, name: str) -> IntegrityError | None:
+        """What is wrong with a parity file, once it was put right from the cold tier; others may replace its group."""
+        assert self._store.parity is not None
+        error = self._store.parity.check_file(name)
+        for _ in range(MENDS_MAX):
+            if error is None or not self._store.mend(name):
+                break
+            error = self._store.parity.check_file(name)
+        there = name.removeprefix(f"{PACK_FOLDER}/") in self._disk.list(PACK_FOLDER)
+        return error if there else None
 
     def _others(self, named: set[str]) -> None:
         """Packs that the log does not name: of interrupted commits, of other repositories, or of a longer log."""
@@ -424,9 +465,9 @@ class Fsck:
         except HimError as error:
             self._within(error, f"{snapshot} {frame}")
 
-    def _refs(self, snapshots: list[Snapshot]) -> None:
-        known = {one.snapshot_id for one in snapshots}
-        for name, (kind, target) in self._history.refs().items():
+    def _refs(self, live: LiveState) -> None:
+        known = {str(one.snapshot_id) for _, one in live.snapshots}
+        for name, kind, target in live.refs:
             if target not in known:
                 error = IntegrityError(f"the {kind} names no snapshot", object=name, place="log")
                 self._fault(error, "ref", remedy.REF.format(name=name))

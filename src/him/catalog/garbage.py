@@ -17,7 +17,7 @@ from him.catalog import retention
 from him.catalog.history import History
 from him.catalog.retention import Expiry
 from him.config import COLLECT_COPY_BYTES
-from him.errors import ConflictError, NotFoundError, UnavailableError
+from him.errors import ConflictError, IntegrityError, NotFoundError, UnavailableError
 from him.pack import format as layout
 from him.pack.parity import SUFFIX as PARITY
 from him.ports import Clock, Projection
@@ -125,7 +125,12 @@ class Marks:
             for blob in held["blob"][held["kind"] == KIND_COMPANION]:
                 name = BlobId(blob.tobytes())
                 if self._visit("companion", name):
-                    found = levels.decode(self._store, name)
+                    try:
+                        found = levels.decode(self._store, name)
+                    except IntegrityError:
+                        if self._store.has(name):
+                            raise
+                        continue  # It went with a pack that another process was allowed to remove.
                     if found.page in self._nodes:
                         self._mark([name, *(tile for level in found.levels for _, tile in level)])
 
@@ -194,11 +199,13 @@ class Collector:
         if not dry_run:
             self._history.finish_packs()
         with self._history.lease():
+            # Before the state is looked at: a trace may be of what was committed a moment ago.
+            roots = tuple(self._roots())
             self._history.refresh()
             live = self._projection.state()
             rows = self._rows(live)
             marks = Marks(self._store, Expiry(self._projection.expired()))
-            self._mark(marks, live, rows)
+            self._mark(marks, live, rows, roots)
             used = {name: int(_sizes(held[marks.has(held)]).sum()) for name, held in rows.items()}
             total = {name: int(_sizes(held).sum()) for name, held in rows.items()}
             staying = {pack.name: pack for pack in live.packs if not pack.condemned and not pack.removed}
@@ -239,7 +246,10 @@ class Collector:
             rows[pack.name] = self._store.rows(pack)
         return rows
 
-    def _mark(self, marks: Marks, live: LiveState, rows: Mapping[str, layout.Rows], *, companions: bool = True) -> None:
+    def _mark(
+        self, marks: Marks, live: LiveState, rows: Mapping[str, layout.Rows], roots: Iterable[bytes], *,
+        companions: bool = True,
+    ) -> None:  # fmt: skip
         """Everything that may be read: what snapshots hold and began with, and what traces name."""
         # The held first: what they reach is kept whole.
         for number, (_, found) in enumerate(sorted(live.snapshots, key=lambda one: not retention.held(one[1]))):
@@ -247,7 +257,7 @@ class Collector:
             held = retention.held(found)
             for root in (found.directory, *(parent.directory for parent in found.parents)):
                 marks.directory(root, held=held)
-        for root in self._roots():
+        for root in roots:
             marks.directory(root)
         if companions:  # Else what lacks is derived when it is asked for.
             marks.companions(rows)
@@ -274,7 +284,7 @@ class Collector:
             nonlocal copied
             live = self._projection.state()
             new = {pack.name: self._store.rows(pack) for pack in live.packs if pack.seq > since and not pack.removed}
-            self._mark(marks, live, {**rows, **new}, companions=False)
+            self._mark(marks, live, {**rows, **new}, self._roots(), companions=False)
             # Another collection may have been faster.
             still = [name for name in victims if not _state(live, name).condemned]
             for name in still:
@@ -319,9 +329,11 @@ class Collector:
         Whoever read before that is through: what is traced from now on is of directories that are referred to.
         """
         with self._history.lease():
+            roots = tuple(self._roots())
+            self._history.refresh()
             marks = Marks(self._store, Expiry(self._projection.expired()), every=True)
             live = {found.directory for _, found in self._projection.state().snapshots}
-            for root in self._roots():
+            for root in roots:
                 if root not in live:
                     marks.directory(root)
             marks.parts({})

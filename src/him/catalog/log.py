@@ -205,6 +205,8 @@ class FileLog:
             # Nothing of a failed commit may be found by the next holder.
             self._undone = offset
             self._file.truncate(offset)
+            # A failed sync may have made it durable: else a power loss would bring it back.
+            self._file.sync()
             self._undone = None
             raise
         self._publish(Mark(seq + 1, offset + size, digest))
@@ -218,12 +220,19 @@ class FileLog:
             self._turn.close()
 
     def _recover(self) -> None:
-        """At opening, when no writer is alive: publish or cut what the last one left (or look behind the end)."""
-        if self._file.lock(wait=False):
-            try:
-                self._finish_tail()
-            finally:
-                self._file.unlock()
+        """At opening: publish or cut what the last writer left (or look behind the end).
+
+        A power loss may have left an end that is far behind. If another process is just about to see to that, it has to
+        be waited for: until then acknowledged commits would not be seen.
+        """
+        if not self._file.lock(wait=False):
+            if self._file.size() <= self._published().end:
+                return
+            self._lock()
+        try:
+            self._finish_tail()
+        finally:
+            self._file.unlock()
 
     def _whole(self, start: Mark) -> Mark:
         """The end of the last whole record from `start` on."""

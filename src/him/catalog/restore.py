@@ -5,7 +5,7 @@ given it by a record of the restored repository's own: so no pack of a name that
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -18,7 +18,7 @@ from him.ports import Clock, Disk, File, ObjectStore
 from him.tier import cold as copies
 from him.tier.cold import Piece, Receipt
 from him.tier.mirror import keep_receipts
-from him.types import CommitRecord, LiveState, PackFinished, PackRange
+from him.types import CommitRecord, LiveState, PackFinished, PackRange, PackRemoved
 
 Progress = Callable[[int, int, str], None]
 
@@ -45,6 +45,8 @@ class _Cut(msgspec.Struct):
     until_ns: int
     receipts: dict[str, Receipt]
     ends: list[PackFinished]
+    gone: list[PackRemoved]
+    """Condemned packs that the cold tier does not hold: nothing relies on them."""
     lacking: str
 
 
@@ -67,7 +69,7 @@ def restore(disk: Disk, cold: ObjectStore, clock: Clock, writer: str, progress: 
     finally:
         file.close()
     keep_receipts(disk, cut.receipts.values())
-    _end_packs(disk, cut.ends, clock, writer)
+    _end_packs(disk, [*cut.ends, *cut.gone], clock, writer)
     size = sum(receipt.size for receipt in cut.receipts.values())
     done = cut.state.seq
     return Restored(done, cut.until_ns, total - done, cut.lacking, len(cut.receipts), size)
@@ -140,11 +142,12 @@ def _cut(file: File, cold: ObjectStore, progress: Progress) -> _Cut:
         # Only what stands at the end is asked for: a pack that the log drops again need not be there.
         names = [pack.name for pack in packs if pack.name not in looked]
         looked.update(_held(cold, names, known, progress))
-        absent = [pack.name for pack in packs if looked[pack.name] is None]
+        absent = [pack.name for pack in packs if looked[pack.name] is None and not pack.condemned]
         if not absent:
             held = {pack.name: found for pack in packs if (found := looked[pack.name]) is not None}
             ends = [known[pack.name] for pack in packs if pack.finished is None]
-            return _Cut(state, end, until, held, ends, first)
+            gone = [PackRemoved(pack.name) for pack in packs if pack.name not in held]
+            return _Cut(state, end, until, held, ends, gone, first)
         first = first or absent[0]
         lacking.update(absent)
 
@@ -177,8 +180,8 @@ def _receipt(cold: ObjectStore, finished: PackFinished | None) -> Receipt | None
     return found if found.size == finished.size else None
 
 
-def _end_packs(disk: Disk, ends: list[PackFinished], clock: Clock, writer: str) -> None:
-    """The restored log's published end, after a record that ends the packs that have none before the cut."""
+def _end_packs(disk: Disk, ends: Sequence[PackFinished | PackRemoved], clock: Clock, writer: str) -> None:
+    """The restored log's published end, after a record that ends packs that have none before the cut, or are gone."""
     log = FileLog(disk)
     try:
         record = CommitRecord(clock.now_ns(), writer, tuple(ends))

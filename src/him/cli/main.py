@@ -7,7 +7,21 @@ import typer
 import typer.main
 
 import him
-from him.cli import ask, caches, care, demo, garbage, history, remember, service, tiers, tiles, transfer, upkeep
+from him.cli import (
+    ask,
+    caches,
+    care,
+    demo,
+    garbage,
+    history,
+    remember,
+    service,
+    simulation,
+    tiers,
+    tiles,
+    transfer,
+    upkeep,
+)
 from him.cli.running import run_words
 from him.cli.session import Session, session_here, session_of
 
@@ -47,7 +61,7 @@ def root(
     """Carry the options of the program itself; its text is `ABOUT`."""
 
 
-for room in (history, remember, ask, tiles, caches, tiers, garbage, transfer, care, upkeep, service, demo):
+for room in (history, remember, ask, tiles, caches, tiers, garbage, transfer, care, upkeep, service, simulation, demo):
     room.register(program)
 
 

@@ -76,6 +76,11 @@ class _Segment:
         self._lows = table.lows.view(np.uint8).data.cast("Q")
         self._places = table.places.view(np.uint8).data.cast("I")
 
+    @property
+    def partial(self) -> bool:
+        """Whether it was written while rows were being learnt, and says nothing of commits."""
+        return self.since == self.until
+
     def find(self, high: int, low: int, avoid: Set[int], bad: Set[tuple[int, int]]) -> Location | None:
         """The place of a name in a pack that is not to be avoided, the least deep, then the newest; or None."""
         highs, count = self._highs, len(self._highs)
@@ -101,6 +106,8 @@ class AddressIndex:
         self._disk = disk
         self._segments: list[_Segment] = []
         self._tail: dict[bytes, Location] = {}
+        self._others: dict[bytes, list[Location]] = {}
+        """Older places of blobs in the tail: which one will be left when packs go is not known yet."""
         self.position = 0
         self.removed: frozenset[int] = frozenset()
         """Numbers of packs whose rows lead nowhere any more."""
@@ -152,14 +159,22 @@ class AddressIndex:
 
     def _found(self, blob: BlobId, avoid: Set[int], bad: Set[tuple[int, int]] = frozenset()) -> Location | None:
         found = self._tail.get(blob)
-        if found is not None and (not avoid or found.pack not in avoid) and (not bad or found[:2] not in bad):
-            return found
+        best: Location | None = None
+        if found is not None:
+            for place in (found, *reversed(self._others.get(blob, ()))):
+                if (place.pack in avoid) or (bad and place[:2] in bad):
+                    continue
+                if not place.depth:
+                    return place
+                best = place if best is None or place.depth < best.depth else best
         high, low = _NAME.unpack_from(blob)
         for segment in reversed(self._segments):
             found = segment.find(high, low, avoid, bad)
             if found is not None:
-                return found
-        return None
+                if not found.depth:
+                    return found
+                best = found if best is None or found.depth < best.depth else best
+        return best
 
     def relied(self, blob: BlobId, avoid: Set[int]) -> bool:
         """Whether a blob lies in a pack that may be relied on and is none of `avoid`."""
@@ -170,9 +185,11 @@ class AddressIndex:
         if len(blobs) < _FEW:
             return [self._relied(blob) is None for blob in blobs]
         tail, avoid, bad = self._tail, self._unreliable(), self.bad
-        absent = np.array(
-            [(at := tail.get(blob)) is None or at.pack in avoid or at[:2] in bad for blob in blobs], dtype=np.bool_
-        )
+        absent = np.array([(at := tail.get(blob)) is None or at.pack in avoid or at[:2] in bad for blob in blobs])
+        if self._others:
+            for number in map(int, np.flatnonzero(absent)):
+                if blobs[number] in self._others:
+                    absent[number] = self._relied(blobs[number]) is None
         names = np.frombuffer(b"".join(blob[:16] for blob in blobs), dtype=">u8").reshape(-1, 2).astype(np.uint64)
         for segment in self._segments:
             highs = segment.table.highs
@@ -184,65 +201,88 @@ class AddressIndex:
                 absent[number] = self._relied(blobs[number]) is None
         return absent.tolist()
 
-    def add(self, seq: int, pack: int, rows: Rows) -> None:
-        """Add the rows of the range (or the finished pack) that was committed at `seq`."""
-        rows = self._leading(rows)
+    def add(self, pack: int, rows: Rows) -> None:
+        """Add the rows of a range, or of a finished pack; they count once `reached` says up to where all are in."""
+        # Of one blob the least deep last.
+        rows = rows[np.argsort(-rows["depth"].astype(np.int8), kind="stable")]
         if len(rows) >= ADDRESS_TAIL_ROWS:
-            self.flush(above=0)
-            # A tail that could not be written stays: a segment up to `seq` would claim its rows.
-            if not self._tail:
-                self.position = seq
-                self._write(_addresses(rows, pack))
+            # In the order of their age: a tail that could not be written stays, and these rows go there too.
+            if self._tail and self._spill(self._sorted_tail()):
+                self._tail, self._others = {}, {}
+            if not self._tail and self._spill(_addresses(rows, pack)):
                 return
         blobs = rows["blob"].tobytes()
         columns = zip(rows["offset"].tolist(), rows["length"].tolist(), rows["depth"].tolist(), strict=True)
         for number, (offset, length, depth) in enumerate(columns):
-            self._tail[blobs[32 * number : 32 * number + 32]] = Location(pack, offset, length, depth)
-        self.position = seq
+            blob, place = blobs[32 * number : 32 * number + 32], Location(pack, offset, length, depth)
+            before = self._tail.get(blob)
+            if before is not None and before != place:
+                known = self._others.setdefault(blob, [])
+                if before not in known:
+                    known.append(before)
+            self._tail[blob] = place
 
-    def _leading(self, rows: Rows) -> Rows:
-        """The rows without deltas of blobs that have a less deep record elsewhere; of one blob the least deep last."""
-        deep = np.flatnonzero(rows["depth"])
-        if not len(deep):
-            return rows
-        kept = np.ones(len(rows), dtype=np.bool_)
-        for at in map(int, deep):
-            known = self._relied(BlobId(rows["blob"][at].tobytes()))
-            # Equally deep ones count: a compacted pack's records lie in a new place as they are.
-            kept[at] = known is None or known.depth >= int(rows["depth"][at])
-        rows = rows[kept]
-        return rows[np.argsort(-rows["depth"].astype(np.int8), kind="stable")]
+    def reached(self, head: int, *, keep: bool, above: int | None = None) -> None:
+        """All rows of the commits up to `head` are in.
+
+        A finished pack brings rows of earlier commits with it: so in the midst of learning no position can be named.
+
+        Args:
+            keep: flush.
+        """
+        self.position = max(self.position, head)
+        if keep:
+            self.flush(above=above)
 
     def flush(self, *, above: int | None = None) -> None:
         """Move a tail of more rows than a tail may have (or than `above`) into a segment.
 
         A full disk is no error: it can be rebuilt.
         """
-        if len(self._tail) > (ADDRESS_TAIL_ROWS if above is None else above) and self._write(self._sorted_tail()):
-            self._tail = {}
+        spilt = bool(self._segments) and self._segments[-1].partial
+        limit = ADDRESS_TAIL_ROWS if above is None else above
+        if (spilt or len(self._tail) > limit) and self._write(self._sorted_tail()):
+            self._tail, self._others = {}, {}
+
+    def _spill(self, table: _Table) -> bool:
+        """Make sorted rows a segment that says nothing of commits, for this process alone."""
+        path = f"{_FOLDER}/{self.position:016d}.{len(self._segments)}.part"
+        made = self._stored(path, self.position, table)
+        if made is not None:
+            self._segments.append(made)
+        return made is not None
 
     def _write(self, table: _Table) -> bool:
         """Make sorted rows up to the position a segment, merged with those that are not much larger."""
         kept = list(self._segments)
-        while kept and len(kept[-1].table.highs) < ADDRESS_MERGE_RATIO * len(table.highs):
+        while kept and (kept[-1].partial or len(kept[-1].table.highs) < ADDRESS_MERGE_RATIO * len(table.highs)):
             table = _merged(kept.pop().table, table)
-        since = kept[-1].until if kept else 0
-        path, digest = f"{_FOLDER}/{self.position:016d}.seg", table.digest()
-        head = _MAGIC + since.to_bytes(8, "little") + self.position.to_bytes(8, "little") + digest
-        head += blake3(head).digest()
-        made = _Segment(path, since, self.position, table, digest)
+        since, path = kept[-1].until if kept else 0, f"{_FOLDER}/{self.position:016d}.seg"
+        if since >= self.position:
+            return False
         gone = [old.path for old in self._segments[len(kept) :] if old.path != path]
-        try:
-            self._disk.write_whole(path, head + bytes(_HEAD - len(head)), *table.columns())
-            made = self.mapped(path)
-        except HimError:
+        made = self._stored(path, since, table)
+        if made is None:
             if len(table.highs) < ADDRESS_TAIL_ROWS:
                 return False
-            gone = []
+            made, gone = _Segment(path, since, self.position, table, table.digest()), []
         self._segments = [*kept, made]
         for old in gone:
             self._remove(old)
         return True
+
+    def _stored(self, path: str, since: int, table: _Table) -> _Segment | None:
+        """Rows of the commits after `since` up to the position, written and mapped; None where the disk refuses."""
+        digest = table.digest()
+        head = _MAGIC + since.to_bytes(8, "little") + self.position.to_bytes(8, "little") + digest
+        head += blake3(head).digest()
+        try:
+            self._disk.write_whole(path, head + bytes(_HEAD - len(head)), *table.columns())
+        except HimError:
+            return None
+        made = self.mapped(path)
+        # Another process may have put its own there, or removed it as a leftover.
+        return made if made.digest == digest else _Segment(path, since, self.position, table, digest)
 
     def _remove(self, path: str) -> None:
         """One that stays does no harm: `load` takes a segment only where the one before it ends."""
@@ -250,8 +290,10 @@ class AddressIndex:
             self._disk.remove(path)
 
     def _sorted_tail(self) -> _Table:
-        names = np.frombuffer(b"".join(blob[:16] for blob in self._tail), dtype=">u8").reshape(-1, 2)
-        rows = [(p.pack, p.offset // PACK_ALIGN_BYTES, p.length, p.depth) for p in self._tail.values()]
+        # Of equal names the newest first.
+        held = [*self._tail.items(), *((blob, at) for blob, known in self._others.items() for at in reversed(known))]
+        names = np.frombuffer(b"".join(blob[:16] for blob, _ in held), dtype=">u8").reshape(-1, 2)
+        rows = [(at.pack, at.offset // PACK_ALIGN_BYTES, at.length, at.depth) for _, at in held]
         return _named(names, np.array(rows, dtype=PLACE))
 
     def mapped(self, path: str) -> _Segment:

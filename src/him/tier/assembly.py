@@ -106,16 +106,19 @@ class Assembly:
             return self._whole(found)
         try:
             # Only the end is digested: its blob_id proves every link.
-            chain = self._chain(blob, found, digest=False)
-            root = self._whole(chain.root, within)
-            # What was read into a buffer is this reader's alone.
-            own = isinstance(root, memoryview) and not root.readonly
-            payload = delta.decode_chain(root, chain.links, in_place=own)
-            if blob_id(KIND_TILE, found.meta, payload) != blob:
-                raise IntegrityError("the parts make a tile with another blob_id", object=blob.hex())
+            return self._joined(blob, found, within, digest=False)
         except IntegrityError:
-            self._chain(blob, found)  # Where a link is damaged, this tells which.
-            raise
+            # Where a link is damaged, this tells which; or it was healed, and is read once more.
+            return self._joined(blob, found, within, digest=True)
+
+    def _joined(self, blob: BlobId, found: Blob, within: int, *, digest: bool) -> bytes | memoryview:
+        chain = self._chain(blob, found, digest=digest)
+        root = self._whole(chain.root, within)
+        # What was read into a buffer is this reader's alone.
+        own = isinstance(root, memoryview) and not root.readonly
+        payload = delta.decode_chain(root, chain.links, in_place=own)
+        if blob_id(KIND_TILE, found.meta, payload) != blob:
+            raise IntegrityError("the parts make a tile with another blob_id", object=blob.hex())
         return payload
 
     def _whole(self, found: Blob, within: int = 0) -> bytes | memoryview:

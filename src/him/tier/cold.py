@@ -130,8 +130,11 @@ def take_over(cold: ObjectStore, log: ReadLog, nonce: str) -> Claim:
     name = _owner_name(generation)
     try:
         won = cold.put(name, msgspec.json.encode(owner), if_absent=True)
-    except UnavailableError:
-        won = _owner(cold, generation).nonce == nonce
+    except UnavailableError as error:
+        try:
+            won = _owner(cold, generation).nonce == nonce
+        except NotFoundError:
+            raise error from None  # It was not carried out.
     if not won:
         raise ConflictError("another repository takes the cold tier over at this moment", object=name)
     return Claim(generation, max(before.values(), default=0))

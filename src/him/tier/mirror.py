@@ -349,22 +349,27 @@ class Mirror:
             self._policy.adopt(new)
 
     def mend(self, path: str) -> bool:
-        """Compare what is here of a pack with the cold tier and put right what differs; whether anything did.
+        """Compare what is here of a pack with the cold tier and put right what differs.
+
+        Returns:
+            Whether reading it again is worth while: False for a pack that the cold tier does not hold. (That nothing
+            differs does not say that what was read before was right: another process may have freed it then.)
 
         Raises:
             IntegrityError: the cold tier does not give back what its receipt says; nothing is changed then.
         """
+        if not self.holds(path):
+            return False
         receipt, pack = self._held[path], self._packs[path]
         ranges = [(at, min(COLD_PART_BYTES, pack.size - at)) for at in range(0, pack.size, COLD_PART_BYTES)]
-        parts = self._got(path, ranges)
-        digest, changed = blake3(), False
+        parts, digest = self._got(path, ranges), blake3()
         for part in parts:
             digest.update(part)
         if digest.hexdigest() != receipt.digest:
             raise IntegrityError("the cold tier does not give back what it was given", place=path)
         for (offset, _), part in zip(ranges, parts, strict=True):
-            changed |= self.heal(path, offset, part)
-        return changed
+            self.heal(path, offset, part)
+        return True
 
     def check_copy(self, path: str, pace: Callable[[int], None]) -> None:
         """Read a pack's copy in the cold tier through.
@@ -538,7 +543,12 @@ class Mirror:
                 if self._mover is not None and self._mover.stopped:
                     return number
                 with self._asking(UnavailableError):
-                    self.push(finished)
+                    try:
+                        self.push(finished)
+                    except NotFoundError:
+                        if any(finished.pack == one.pack for one in self._finished()):
+                            raise
+                        continue  # Another process has let it go meanwhile.
                     self._log_copy.extend(self._log)
             with self._asking(UnavailableError):
                 self._log_copy.extend(self._log)
@@ -568,6 +578,8 @@ class Mirror:
                 digest.update(part)
             receipt = Receipt(finished.pack, size, digest.hexdigest())
             if copies.receipt_of(self._cold, finished.pack) not in (None, receipt):
+                if self.holds(finished.pack):
+                    return  # Another process was faster, and has freed what was just read here.
                 # The repository was copied and both went on with one pack.
                 raise ConflictError("the cold tier holds another pack of that name", place=finished.pack)
             for _ in range(2):

@@ -292,7 +292,11 @@ class Parity:
             file.close()
 
     def _check(self, pack: PackFinished) -> None:
-        file = self._disk.open(pack.pack)
+        try:
+            file = self._disk.open(pack.pack)
+        except NotFoundError as error:  # Another process may have removed it meanwhile.
+            missing = IntegrityError("a pack is missing", object=pack.pack, place=pack.pack)
+            raise _UnsoundError(pack.pack, missing) from error
         try:
             state = PackState(pack.pack, 0, (), pack)
             for error in check_pack(file, state, lambda _record, _place: None, self._repository_id):
@@ -310,7 +314,7 @@ class Parity:
                 return file.read_at(offset, size)
             finally:
                 file.close()
-        except NotFoundError as error:
+        except (NotFoundError, IntegrityError) as error:
             raise _UnsoundError(name, IntegrityError("a pack is missing", object=name, place=name)) from error
 
     def _remove(self, held: _Held) -> None:

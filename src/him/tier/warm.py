@@ -18,12 +18,14 @@ from him.config import (
     BATCHES_AHEAD,
     BUFFER_FROM_BYTES,
     BUFFER_GRAIN_BYTES,
+    MENDS_MAX,
     OPEN_PACKS_MAX,
     PACK_RANGES_MAX,
     PACK_TARGET_BYTES,
     PAGE_CACHE_BYTES,
     READ_THREADS_MAX,
     SYNC_AHEAD_BYTES,
+    TILE_BYTES_MAX,
 )
 from him.errors import (
     BusyError,
@@ -610,25 +612,21 @@ class WarmStore:
             self._learn_names()
             self._learn_released(head)
             self._learn_quarantined()
-            for seq, named in changes:
-                self._addresses.add(seq, self._numbers[named.pack], self._rows(named))
-            # Records without rows count too, or every look-up of an unknown blob would ask again.
-            self._addresses.position = max(self._addresses.position, head)
+            for _, named in changes:
+                self._addresses.add(self._numbers[named.pack], self._rows(named))
             # Only now: look-ups do not take the lock, and need the packs' names.
             self._addresses_loaded = True
-            if not self._salvaged:
-                # What could not be read today may be restored tomorrow: a segment would not know of it.
-                self._addresses.flush(above=ADDRESS_KEPT_ROWS if opening else None)
+            # What could not be read today may be restored tomorrow: a segment would not know of it.
+            self._addresses.reached(head, keep=not self._salvaged, above=ADDRESS_KEPT_ROWS if opening else None)
 
     def mend(self, name: str) -> bool:
-        """Put right what is here of a pack by parity or its cold copy; whether that changed anything."""
-        changed = False
+        """Put right what is here of a pack by parity or its cold copy; whether reading it again is worth while."""
         with suppress(HimError):  # What is lost beyond parity, or away, mends nothing.
-            if self.parity is not None and self.parity.protects(name):
-                return self.parity.mend(name)
+            if self.parity is not None and self.parity.protects(name) and self.parity.mend(name):
+                return True
         with suppress(HimError):
-            changed = self._mirror is not None and self._mirror.holds(name) and self._mirror.mend(name)
-        return changed
+            return self._mirror is not None and self._mirror.mend(name)
+        return False
 
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
@@ -672,6 +670,9 @@ class WarmStore:
                 raise IntegrityError(
                     "a blob that is referred to is missing", object=blob.hex(), place=lost or PACK_FOLDER
                 )
+        if found.pack >= len(self._names) or found.length > 2 * TILE_BYTES_MAX:
+            # A damaged segment: whoever reads by it makes the index anew.
+            raise IntegrityError("the address index leads nowhere", object=blob.hex(), place="cache/addresses")
         return self._names[found.pack], found
 
     def _find(self, blob: BlobId) -> Location | None:
@@ -865,24 +866,26 @@ class WarmStore:
 
     def _rows(self, named: PackRange | PackFinished, *, salvage: bool = True) -> layout.Rows:
         """What a range or a finished pack holds; where its list is damaged, what the records say themselves."""
-        if named.pack in self._condemned and named.pack.removeprefix(f"{PACK_FOLDER}/") not in self.disk.list(
-            PACK_FOLDER
-        ):
-            return layout.rows_of([])  # Another process was just allowed to remove it.
+        if self._just_removed(named.pack):
+            return layout.rows_of([])
         try:
             file = self._opened(named.pack)
         except IntegrityError:
+            if self._just_removed(named.pack):
+                return layout.rows_of([])
             if not salvage:
                 raise
             self._salvaged = True
             return layout.rows_of([])  # Others can still be read, and what it held be put again.
         ranged = isinstance(named, PackRange)
         try:
-            for again in (True, False):
+            for left in reversed(range(MENDS_MAX)):
                 try:
                     return read_index(file, named) if ranged else read_footer(file, named)
                 except IntegrityError:
-                    if not again or not self.mend(named.pack):
+                    if self._just_removed(named.pack):
+                        return layout.rows_of([])
+                    if not left or not self.mend(named.pack):
                         if not salvage:
                             raise
                         break
@@ -892,6 +895,11 @@ class WarmStore:
         finally:
             # Not kept open: a repository may have more packs than a process may open files.
             file.close()
+
+    def _just_removed(self, name: str) -> bool:
+        """Whether another process was allowed to remove a pack, and has done so."""
+        known = name in self._condemned or self._numbers.get(name) in self._addresses.removed
+        return known and name.removeprefix(f"{PACK_FOLDER}/") not in self.disk.list(PACK_FOLDER)
 
     def _learn_released(self, head: int) -> None:
         """Which packs must not be relied on, and which are gone."""
