@@ -177,7 +177,7 @@ def test_a_disk_that_fills_up(
             # What is there can be read and asked for on a full disk.
             assert repo.snapshot("main").get("skills", frame="note") == b"kept"
             assert np.array_equal(tiles(repo, "first"), noise(0))
-            assert repo.query("find button 'Submit'", "main").found
+            assert repo.query("find button 'Submit'", "main", budget_ms=60_000).found
             sound(path)
         STAGES[stage](repo, other)
         repo.writable("main").put("skills", b"after", frame="after")
@@ -207,7 +207,7 @@ def test_caches_that_find_no_room_are_done_without(disk: Path) -> None:
     with full(disk):
         sound(disk / "memory")
         with opened(disk / "memory") as repo:
-            assert repo.query("find button 'Submit'", "main").found
+            assert repo.query("find button 'Submit'", "main", budget_ms=60_000).found
     sound(disk / "memory")
 
 
@@ -276,7 +276,7 @@ def test_a_disk_that_turns_read_only(disk: Path, other: Path) -> None:
             with pytest.raises(StorageError) as caught:
                 STAGES[stage](repo, other)
             assert caught.value.kind == "storage" and caught.value.fix, stage
-        assert repo.query("find button 'Submit'", "main").found
+        assert repo.query("find button 'Submit'", "main", budget_ms=60_000).found
         assert repo.fsck().errors == ()
         assert him.check(path).errors == ()
         sound(path)
