@@ -571,7 +571,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "receipts: removed": Recipe(
         delete("cold/receipts"), (RECORD._replace(object=".", fault=".", fix="rebuild.*cold tier"),), reads="few",
-        remedy=rebuild, tiered=True,
+        notes=(Finding("tier", "receipts", "cold/receipts", "gone", "rebuild"),), remedy=rebuild, tiered=True,
     ),
     "account: bit flipped": Recipe(
         lambda p: p.file("cold/account").flip(2), notes=(Finding("tier", "cold/account", "cold", "digest", "nothing"),),

@@ -132,6 +132,9 @@ def _tier(disk: Disk) -> _Findings:
 
 
 def _receipts(disk: Disk) -> _Findings:
+    if _read(disk, RECEIPTS, 1) is None and TIER in disk.list(""):
+        text = "no receipts are here: nothing was copied to the cold tier yet, or the file is gone"
+        yield Fault("receipts", RECEIPTS, text, remedy.RECEIPTS, "tier"), False
     for receipt, offset, whole in receipt_lines(disk):
         place = f"{RECEIPTS} @ {offset}"
         if receipt is None and whole:
