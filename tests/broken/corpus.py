@@ -457,7 +457,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "spare copy: bit flipped": Recipe(
         lambda p: p.file("care/log").flip(5000),
-        (Finding("log", "spare copy", "care/log @", "damaged", "delete the file"),), remedy=delete("care/log"),
+        notes=(Finding("log", "spare copy", "care/log @", "damaged", "delete the file"),), remedy=delete("care/log"),
     ),
     "spare copy: cut": Recipe(lambda p: p.file("care/log").cut(5000), remedy=nothing),
     "turn: garbage": Recipe(lambda p: p.file("log/turn").path.write_bytes(b"garbage"), remedy=nothing),

@@ -101,8 +101,9 @@ def _spare(disk: Disk) -> _Findings:
         end = last[0][3] if last else 0
         # One that ends in the middle of a record only lags behind.
         if end < size and not cut_short(spare, end):
+            # A power loss may leave it so: it is never synced.
             text = "the spare copy of the log is damaged"
-            yield Fault("spare copy of the log", f"{SPARE} @ {end}", text, remedy.SPARE, "log"), True
+            yield Fault("spare copy of the log", f"{SPARE} @ {end}", text, remedy.SPARE, "log"), False
             return
     finally:
         spare.close()
