@@ -69,8 +69,6 @@ PARITY_TABLE_BYTES_MAX: Final = 16 * 1024 * 1024
 CARE_JOURNAL_BYTES_MAX: Final = 1024 * 1024
 CARE_EVENTS_KEPT: Final = 1_000
 """Healings that a shortened journal keeps."""
-SCRUB_BYTES_PER_S: Final = 20 * 1024 * 1024
-"""What a scrubber in the background reads in a second, unless told otherwise."""
 
 # Tiers (spec §1.3, §7, design §6, §9, docs/design/008-tiers.md)
 EXTENT_BYTES: Final = 256 * 1024

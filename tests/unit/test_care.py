@@ -1,6 +1,9 @@
 """Scrubbing, healing, quarantine, the journal, and the log's spare copy."""
 
+import io
+import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,9 @@ from him.app import Repository
 from him.app import open as open_repository
 from him.catalog import spare
 from him.catalog.log import LOG_PATH, FileLog
+from him.cli import service
+from him.cli.main import run
+from him.cli.session import Session
 from him.errors import BusyError, IntegrityError, UsageError
 from him.tier.care import Journal
 from him.tier.mirror import Mirror
@@ -383,3 +389,60 @@ def test_no_parity_any_more(folder: Path) -> None:
     assert not list((folder / "packs").glob("*.parity"))
     with repository(folder) as repo, pytest.raises(UsageError, match="no group has"):
         repo.care.set_parity(60, 5)
+
+
+def test_a_daemon_scrubs_beside_its_commands(folder: Path) -> None:
+    """The background scrubber mends what it meets, waits as its rate asks, and ends at once when it is told to."""
+    packs = sorted((folder / "packs").glob("*.pack"))
+    good = packs[0].read_bytes()
+    spoil(packs[0])
+    with repository(folder) as repo:
+        with service.scrubbing(repo, 10**9):
+            scrubbed = threading.Event()
+            while not scrubbed.wait(0.01):
+                if not repo.care.scrubbed().never_read:
+                    scrubbed.set()
+        assert packs[0].read_bytes() == good
+        with service.scrubbing(repo, 1):
+            pass  # At a byte a second it would take years.
+
+
+@pytest.mark.parametrize("words", ["scrub --json", "heal --json", "parity status --json", "parity update --all --json"])
+def test_on_the_command_line(folder: Path, words: str) -> None:
+    told, _ = run_line(folder, words)
+    assert told[-1].get("ok", True) is True
+    spoil(next((folder / "packs").glob("*.pack")))
+    for pack in (folder / "packs").glob("*.parity"):
+        pack.unlink()
+    told, code = run_line(folder, words)
+    if words.startswith(("scrub", "heal")):
+        assert (told[-1]["ok"], code) == (False, 5)
+    elif words.startswith("parity update"):
+        assert (told[-1]["unsound_packs"], code) == (1, 5)
+    else:
+        assert (told[-1]["waiting_packs"], code) == (6, 0)
+
+
+def run_line(folder: Path, words: str) -> tuple[list[dict[str, object]], int]:
+    out, err = io.StringIO(), io.StringIO()
+    session = Session(out=out, err=err, cwd=str(folder), environ={}, started_ns=0)
+    code = run([*words.split(), "--repo", str(folder)], session)
+    return [json.loads(line) for line in out.getvalue().splitlines()], code
+
+
+def test_what_a_scrub_says_to_a_person(folder: Path) -> None:
+    spoil(min((folder / "packs").glob("*.pack")))
+    out = io.StringIO()
+    session = Session(out=out, err=io.StringIO(), cwd=str(folder), environ={}, started_ns=0)
+    assert run(["scrub", "--limit", "1GB", "--rate", "1GB", "--repo", str(folder)], session) == 0
+    assert "— healed" in out.getvalue()
+    assert "1 faults, 0 of them left" in out.getvalue()
+    assert run(["scrub", "--status", "--repo", str(folder)], session) == 0
+    assert "healed packs/" in out.getvalue()
+    for wrong in (
+        ["scrub", "--rate", "0"],
+        ["parity", "set", "ten"],
+        ["parity", "set", "0+4"],
+        ["parity", "set", "99+9"],
+    ):
+        assert run([*wrong, "--repo", str(folder)], session) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import REPOSITORY_ID, DictMemo, FakeRng, Faults, MemDisk, MemObjects, PowerLoss, Stack
+from fakes import REPOSITORY_ID, DictMemo, FakeRng, Faults, FaultsAt, MemDisk, MemObjects, PowerLoss, Stack
 from numpy.typing import NDArray
 
 from him.adapters.local import LocalDisk
@@ -18,6 +18,8 @@ from him.catalog.log import FileLog
 from him.catalog.reader import SnapshotReader
 from him.config import EXTENT_BYTES
 from him.errors import IntegrityError, StorageError, UnavailableError
+from him.tier import lines
+from him.tier.cold import Receipt
 from him.tier.mirror import Mirror, receipts
 from him.tier.warm import WarmStore
 from him.types import TileKey
@@ -503,3 +505,17 @@ def test_no_failed_operation_loses_what_was_acknowledged(mode: str, stride: int)
             again.check(done[0])
             report = again.stack.fsck()
             assert report.ok, (why, keep, report.errors)
+
+
+@pytest.mark.parametrize("mode", ["late", "partial"])
+@pytest.mark.parametrize("operation", ["write", "sync"])
+def test_a_line_that_could_not_be_made_durable_is_not_left_for_others(operation: str, mode: str) -> None:
+    disk = MemDisk()
+    file = disk.open("cold/receipts", create=True)
+    end = lines.append(file, 0, Receipt("packs/a.pack", 1, "aa"))
+    disk.faults = FaultsAt(f"{operation} cold/receipts", mode)
+    with pytest.raises(StorageError):
+        lines.append(file, end, Receipt("packs/b.pack", 1, "bb"))
+    assert [receipt.pack for receipt in receipts(disk)] == ["packs/a.pack"]
+    lines.append(file, end, Receipt("packs/c.pack", 1, "cc"))
+    assert [receipt.pack for receipt in receipts(disk)] == ["packs/a.pack", "packs/c.pack"]

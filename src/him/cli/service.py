@@ -4,9 +4,10 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, cast
 
@@ -17,6 +18,8 @@ import him
 from him.cli.commands import JsonOption, RepoOption, command, group
 from him.cli.running import run_words
 from him.cli.session import Elsewhere, Session, session_of
+from him.cli.tiers import bytes_of
+from him.cli.upkeep import paced
 from him.errors import BusyError, HimError, NotFoundError, StorageError
 from him.server import wire
 from him.server.daemon import Daemon, make_runtime_folder
@@ -26,9 +29,14 @@ if TYPE_CHECKING:
 
 STATUS_TIMEOUT_S: Final = 5.0
 _POLL_S: Final = 0.05
+PASS_AGAIN_S: Final = 60.0
+"""Between one pass of the background scrubber and the next."""
 
 IdleOption = Annotated[
     float | None, typer.Option("--idle", min=0.1, metavar="SECONDS", help="End after this long without a request.")
+]
+ScrubOption = Annotated[
+    str, typer.Option("--scrub", metavar="SIZE", help="Scrub in the background, at most so much a second: 20MB.")
 ]
 TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="How long to wait.")]
 
@@ -36,7 +44,12 @@ TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, metavar="SEC
 def register(program: typer.Typer) -> None:
     """Add these commands to the program."""
     daemon = group(program, "daemon", "A warm process that answers for the command line: start, stop, status, run.")
-    command(daemon, "start", ["him daemon start", "him daemon start --repo memory --idle 3600"], within="daemon")(start)
+    command(
+        daemon,
+        "start",
+        ["him daemon start", "him daemon start --repo memory --idle 3600", "him daemon start --scrub 20MB"],
+        within="daemon",
+    )(start)
     command(daemon, "stop", ["him daemon stop"], within="daemon")(stop)
     command(daemon, "status", ["him daemon status --json"], within="daemon")(status)
     command(daemon, "run", ["him daemon run --repo memory"], within="daemon")(run)
@@ -51,6 +64,7 @@ def start(
     context: typer.Context,
     repo: RepoOption = None,
     idle: IdleOption = None,
+    scrub: ScrubOption = "",
     timeout: TimeoutOption = 60.0,
     json: JsonOption = False,
 ) -> None:
@@ -68,6 +82,7 @@ def start(
     log = Path(socket).with_suffix(".log")
     words = [sys.executable, "-m", "him.cli.entry", "daemon", "run", "--repo", path]
     words += [] if idle is None else ["--idle", str(idle)]
+    words += ["--scrub", str(bytes_of(scrub))] if scrub else []
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as output:
         process = subprocess.Popen(
@@ -129,7 +144,7 @@ def status(context: typer.Context, repo: RepoOption = None, json: JsonOption = F
         session.say(f"{state}: {path}")
 
 
-def run(context: typer.Context, repo: RepoOption = None, idle: IdleOption = None) -> None:
+def run(context: typer.Context, repo: RepoOption = None, idle: IdleOption = None, scrub: ScrubOption = "") -> None:
     """Serve in the foreground until stopped."""
     session = session_of(context)
     path = session.repository_path(repo)
@@ -142,9 +157,35 @@ def run(context: typer.Context, repo: RepoOption = None, idle: IdleOption = None
             daemon.listen()
             session.note(f"serving {path} on {daemon.path}")
             session.err.flush()
-            daemon.serve(lambda message: execute(program, message, path, repository))
+            with scrubbing(repository, bytes_of(scrub) if scrub else 0):
+                daemon.serve(lambda message: execute(program, message, path, repository))
     finally:
         daemon.close()
+
+
+@contextmanager
+def scrubbing(repository: "him.Repository", bytes_per_s: int) -> Generator[None]:
+    """Scrub pass after pass in a thread beside the commands, for as long as the block lasts; 0 does nothing."""
+    ended = threading.Event()
+
+    def work() -> None:
+        while not ended.is_set():
+            # Another process scrubs, or the disk refuses: the next pass comes soon enough.
+            with suppress(HimError):
+                for _ in repository.care.scrub(paced(bytes_per_s, ended.wait)):
+                    if ended.is_set():
+                        return
+            ended.wait(PASS_AGAIN_S)
+
+    thread = threading.Thread(target=work, name="him scrub", daemon=True)
+    if bytes_per_s:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if bytes_per_s:
+            thread.join()
 
 
 def warm_up(repository: "him.Repository") -> None:

@@ -82,7 +82,7 @@ def scrub(
         raise typer.Exit(KINDS["integrity"].exit_code)
 
 
-def paced(bytes_per_s: int) -> Callable[[int], None]:
+def paced(bytes_per_s: int, wait: Callable[[float], object] = time.sleep) -> Callable[[int], None]:
     """Waits after what was read for as long as the rate asks."""
     if bytes_per_s < 1:
         raise UsageError("a rate of nothing", fix="give at least 1 byte a second, such as 20MB")
@@ -93,7 +93,7 @@ def paced(bytes_per_s: int) -> Callable[[int], None]:
         read += size
         ahead = read / bytes_per_s - (time.monotonic() - begun)
         if ahead > 0:
-            time.sleep(ahead)
+            wait(ahead)
 
     return pace
 

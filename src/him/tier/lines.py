@@ -41,6 +41,11 @@ def append(file: File, end: int, value: msgspec.Struct) -> int:
     """Add a line where the whole ones end, cutting what a crash left half written; where it ends now."""
     line = encode(value)
     file.truncate(end)
-    file.write_at(end, line)
-    file.sync()
+    try:
+        file.write_at(end, line)
+        file.sync()
+    except BaseException:
+        # Others read it at once, and must not act on a line that a power loss would take.
+        file.truncate(end)
+        raise
     return end + len(line)
