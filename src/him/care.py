@@ -10,10 +10,11 @@ from him.catalog.heal import Check, Healer, HealReport
 from him.catalog.history import History
 from him.catalog.log import FileLog
 from him.config import PARITY_DATA, PARITY_EXTRA
-from him.errors import NotFoundError, UsageError
+from him.errors import NotFoundError, UsageError, VersionError
 from him.ports import Clock, Disk, Progress, Projection, silent
+from him.sealed import holds, sealed
 from him.tier.care import Event, Journal
-from him.tier.protect import Made, ParityStatus, Shape
+from him.tier.protect import OFF, Made, ParityStatus, Shape
 from him.tier.scrub import Pace, Scrubbed, Scrubber
 from him.tier.warm import WarmStore
 
@@ -34,18 +35,25 @@ class ScrubStatus(msgspec.Struct, frozen=True):
 
 
 def shape_of(disk: Disk) -> Shape | None:
-    """What `parity.json` sets; None where there is none. Raises UsageError for one that does not parse."""
+    """What `parity.json` sets; None where there is none, or one that is damaged: what is protected stays so.
+
+    Raises:
+        VersionError: it is whole, and says what this software does not know.
+    """
     try:
         file = disk.open(PARITY)
     except NotFoundError:
         return None
     try:
-        return msgspec.json.decode(file.read_at(0, _SETTINGS_BYTES_MAX), type=_Settings).shape()
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        fix = "set it anew: `him parity set 10+4`"
-        raise UsageError(f"{PARITY} does not parse ({error})", place=PARITY, fix=fix) from error
+        data = file.read_at(0, _SETTINGS_BYTES_MAX)
     finally:
         file.close()
+    if not holds(data):
+        return None
+    try:
+        return msgspec.json.decode(data, type=_Settings).shape()
+    except (msgspec.MsgspecError, UsageError) as error:
+        raise VersionError(f"{PARITY} was written by newer software ({error})", object=PARITY, place=PARITY) from error
 
 
 class CareHandle:
@@ -66,11 +74,8 @@ class CareHandle:
         Raises:
             UsageError: a shape that cannot be.
         """
-        shape = None if data == extra == 0 else Shape(data, extra).checked()
-        if shape is None:
-            self._disk.remove(PARITY)
-        else:
-            self._disk.write_whole(PARITY, msgspec.json.encode(_Settings(*shape)) + b"\n")
+        shape = OFF if data == extra == 0 else Shape(data, extra).checked()
+        self._disk.write_whole(PARITY, sealed(_Settings(*shape)))
         assert self._store.parity is not None
         self._store.parity.shape = shape
 
@@ -143,7 +148,8 @@ class _Settings(msgspec.Struct, frozen=True):
     extra: int
 
     def shape(self) -> Shape:
-        return Shape(self.data, self.extra).checked()
+        shape = Shape(self.data, self.extra)
+        return OFF if shape == OFF else shape.checked()
 
 
 def _at_once(_size: int) -> None:

@@ -446,3 +446,33 @@ def test_what_a_scrub_says_to_a_person(folder: Path) -> None:
         ["parity", "set", "99+9"],
     ):
         assert run([*wrong, "--repo", str(folder)], session) == 2
+
+
+def test_damaged_settings_of_parity_take_nothing_away(folder: Path) -> None:
+    """Rot in parity.json must neither bar the repository nor be taken for "off" by the next collection."""
+    before = sorted((folder / "packs").glob("*.parity"))
+    spoil(folder / "parity.json", 3)
+    with repository(folder) as repo:
+        repo.writable("main").put("noise", noise(99), frame="f0")
+        repo.gc()
+        assert repo.care.protect(all=True).removed_groups == 0
+    assert sorted((folder / "packs").glob("*.parity")) == before
+    told = [fault for fault in him.check(folder).errors if fault.object == "parity.json"]
+    assert [(fault.kind, "him parity set" in fault.fix) for fault in told] == [("parity", True)]
+    with repository(folder) as repo:
+        repo.care.set_parity(6, 3)
+        repo.care.protect(all=True)
+        assert repo.care.parity().waiting_packs == 0
+    assert him.check(folder).ok
+
+
+def test_an_older_copy_of_the_log_does_not_shorten_the_spare_one(folder: Path) -> None:
+    older = (folder / LOG_PATH).read_bytes()
+    with repository(folder) as repo:
+        repo.writable("main").put("noise", noise(99), frame="f0")
+    newer = (folder / LOG_PATH).read_bytes()
+    (folder / LOG_PATH).write_bytes(older)
+    (folder / "log/end").unlink()
+    (folder / "cache/projection.sqlite").unlink()
+    repository(folder).close()
+    assert (folder / spare.SPARE).read_bytes() == newer

@@ -519,3 +519,21 @@ def test_a_line_that_could_not_be_made_durable_is_not_left_for_others(operation:
     assert [receipt.pack for receipt in receipts(disk)] == ["packs/a.pack"]
     lines.append(file, end, Receipt("packs/c.pack", 1, "cc"))
     assert [receipt.pack for receipt in receipts(disk)] == ["packs/a.pack", "packs/c.pack"]
+
+
+def test_a_list_that_rotted_while_the_cold_tier_is_away_is_not_taken_for_lost(tiered: Tiered) -> None:
+    """Else what it lists is missing for as long as the process lives, though the cold tier has it."""
+    tiered.mirror.push_all()
+    name = min(path for path in tiered.cold.objects if path.startswith("packs/"))
+    tiered.close()
+    shutil.rmtree(tiered.folder / "cache", ignore_errors=True)
+    file = tiered.disk.open(name)
+    size = file.size()
+    file.write_at(size - 300, b"\xff" * 64)
+    file.close()
+    tiered.open("1")
+    tiered.cold.down = True
+    with pytest.raises(UnavailableError):
+        tiered.read(0)
+    tiered.cold.down = False
+    everything_is_right(tiered)

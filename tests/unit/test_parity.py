@@ -16,7 +16,7 @@ from him.pack import galois
 from him.pack import parity as code
 from him.pack.parity import Group, Member
 from him.ports import ErasureCode
-from him.tier.protect import Made, Parity, Shape, chosen
+from him.tier.protect import OFF, Made, Parity, Shape, chosen
 from him.tier.scrub import Scrubber
 from him.types import PackFinished, StreamSpec, TileKey
 
@@ -78,7 +78,7 @@ def test_which_groups_stay_and_which_are_made() -> None:
     assert (kept, [[pack.pack for pack in group] for group in new]) == ([full], [list("efg")])
     kept, new = chosen(packs_of("abdef"), [full, part], shape)
     assert (kept, [[pack.pack for pack in group] for group in new]) == ([], [list("abde"), list("f")])
-    assert chosen(packs_of("ab"), [full], None) == ([], [])
+    assert chosen(packs_of("ab"), [full], OFF) == ([], [])
     assert chosen(packs_of("abcd"), [full], Shape(4, 1))[0] == []
 
 

@@ -24,8 +24,9 @@ from him.tier.mirror import RECEIPTS, receipt_lines
 from him.tier.settings import TIER, tier_settings
 from him.types import Fault
 
+_PARITY: Final = "parity.json"
 _KNOWN: Final = {
-    "": {MARKER, TIER, "parity.json", RESTORING, "log", "packs", "leases", "spool", "cache", "cold", "care"},
+    "": {MARKER, TIER, _PARITY, RESTORING, "log", "packs", "leases", "spool", "cache", "cold", "care"},
     "log": {LOG_PATH.partition("/")[2], END_PATH.partition("/")[2], TURN_PATH.partition("/")[2], "checkpoints"},
     "cold": {"account", "pins", "receipts", "hotness", "log"},
 }
@@ -46,7 +47,19 @@ class Examined(NamedTuple):
 def examine(disk: Disk) -> Examined:
     """Look at every small file of a repository."""
     found = Examined([], [])
-    for look in (_marker, _end, _spare, _tier, _receipts, _pins, _account, _leases, _segments, _unknown):
+    for look in (
+        _marker,
+        _end,
+        _spare,
+        _tier,
+        _settings_of_parity,
+        _receipts,
+        _pins,
+        _account,
+        _leases,
+        _segments,
+        _unknown,
+    ):
         for fault, harms in look(disk):
             (found.faults if harms else found.notes).append(fault)
     return found
@@ -129,6 +142,13 @@ def _tier(disk: Disk) -> _Findings:
     if settings is None and any(receipt for receipt, _, _ in receipt_lines(disk)):
         text = "it is missing, and packs were copied to a cold tier: parts of them may be nowhere else"
         yield Fault(TIER, TIER, text, remedy.TIER_MISSING, "tier"), True
+
+
+def _settings_of_parity(disk: Disk) -> _Findings:
+    data = _read(disk, _PARITY)
+    if data is not None and not holds(data):
+        text = "it does not match its digest: no pack is protected anew, and what is stays so"
+        yield Fault(_PARITY, _PARITY, text, remedy.PARITY_SETTINGS, "parity"), True
 
 
 def _receipts(disk: Disk) -> _Findings:

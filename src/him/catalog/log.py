@@ -111,6 +111,10 @@ class FileLog:
             )  # fmt: skip
         return _damaged(seq, offset)
 
+    def end(self) -> int:
+        """Where the last published record ends."""
+        return self._published().end
+
     def published(self, start: int, limit: int) -> bytes:
         """At most `limit` bytes of the log's file from an offset on, up to the published end."""
         return self._file.read_at(start, max(0, min(limit, self._published().end - start)))

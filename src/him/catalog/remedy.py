@@ -7,6 +7,7 @@ from him.errors import KINDS
 RELIST: Final = "run `him fsck --rebuild`: it is written again from the records, and proved by the log"
 HEAL: Final = "run `him heal`: the cold tier, another record or parity may have it; else put it again, or from a copy"
 PACK: Final = "run `him heal`, which takes it from the cold tier or from parity; else put the file back from a copy"
+PARITY_SETTINGS: Final = "set it again: `him parity set 10+4`"
 PARITY: Final = "run `him heal`, or `him parity update`: it is made again from the packs"
 FOREIGN_PACK: Final = "put this repository's own pack of that name back from a copy"
 CACHE: Final = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"

@@ -18,7 +18,10 @@ _TAIL: Final = 4096
 
 
 def keep(disk: Disk, log: FileLog) -> None:
-    """Add to the copy what the log has grown by; of another log it is made anew. Raises StorageError."""
+    """Add to the copy what the log has grown by; of another log it is made anew. Raises StorageError.
+
+    One that goes on where the log ends stays: an older copy of the log may have been put back by mistake.
+    """
     file = disk.open(SPARE, create=True)
     try:
         if not file.lock(wait=False):
@@ -26,6 +29,9 @@ def keep(disk: Disk, log: FileLog) -> None:
         end = file.size()
         tail = file.read_at(max(0, end - _TAIL), min(end, _TAIL))
         if log.published(end - len(tail), len(tail)) != tail:
+            seq, before = log.head()
+            if record_at(file, log.end(), seq + 1, before):
+                return
             end = 0
         while part := log.published(end, _PART):
             file.write_at(end, part)

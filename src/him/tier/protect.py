@@ -43,6 +43,10 @@ class Shape(NamedTuple):
         return max(1, -(-self.extra * packs // self.data))
 
 
+OFF: Final = Shape(0, 0)
+"""Nothing is to be protected."""
+
+
 class Made(msgspec.Struct, frozen=True):
     """What an update of the parity did."""
 
@@ -91,7 +95,7 @@ class Parity:
     Args:
         disk: where packs are; through a mirror what is not here is fetched.
         finished: the packs that grow no more and are to stay.
-        shape: of new groups; None makes none.
+        shape: of new groups; None leaves everything as it is.
         write: for what is made again; the disk's own files unless there is a mirror.
     """
 
@@ -188,6 +192,9 @@ class Parity:
             BusyError: another process does the same.
             StorageError: the disk refused.
         """
+        if self.shape is None:
+            # Never set, or its file is damaged: what is protected stays so.
+            return Made(0, 0, 0, 0, ())
         with self._alone():
             unsound: dict[str, HimError] = {}
             made = removed = mended = written = 0
@@ -497,7 +504,7 @@ class _UnsoundError(Exception):
 
 
 def chosen(
-    packs: Mapping[str, PackFinished], groups: Sequence[Group], shape: Shape | None
+    packs: Mapping[str, PackFinished], groups: Sequence[Group], shape: Shape
 ) -> tuple[list[Group], list[list[PackFinished]]]:
     """The groups that stay, and the packs of each new one.
 
@@ -505,9 +512,9 @@ def chosen(
     like size go together, for a parity file is as long as the largest.
 
     Args:
-        packs: those to be protected. shape: None protects none.
+        packs: those to be protected.
     """
-    if shape is None:
+    if shape == OFF:
         return [], []
     standing = [group for group in groups if _stands(group, packs) and _shaped(group, shape)]
     # Of two that hold one pack (two processes chose at once) the first stays.

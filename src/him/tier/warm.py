@@ -621,12 +621,21 @@ class WarmStore:
 
     def mend(self, name: str) -> bool:
         """Put right what is here of a pack by parity or its cold copy; whether reading it again is worth while."""
-        with suppress(HimError):  # What is lost beyond parity, or away, mends nothing.
+        with suppress(UnavailableError):
+            return self._mended_now(name)
+        return False
+
+    def _mended_now(self, name: str) -> bool:
+        """`mend`. Raises UnavailableError when the cold tier, which may have it right, does not answer."""
+        with suppress(HimError):  # What is lost beyond parity mends nothing.
             if self.parity is not None and self.parity.protects(name) and self.parity.mend(name):
                 return True
-        with suppress(HimError):
+        try:
             return self._mirror is not None and self._mirror.mend(name)
-        return False
+        except UnavailableError:
+            raise
+        except HimError:
+            return False
 
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
@@ -885,7 +894,8 @@ class WarmStore:
                 except IntegrityError:
                     if self._just_removed(named.pack):
                         return layout.rows_of([])
-                    if not left or not self.mend(named.pack):
+                    # A list that is only away must not be taken for one that is lost.
+                    if not left or not self._mended_now(named.pack):
                         if not salvage:
                             raise
                         break
