@@ -55,6 +55,7 @@ from him.errors import (
 )
 from him.pyramid import diff, directory, update
 from him.tile.codec import encode_bytes
+from him.tile.downsample import RULES
 from him.types import Batch, Frame, LiveState, SnapshotId, StreamSpec, TileKey, snapshot_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -1296,3 +1297,17 @@ def test_reading_through_a_read_only_disk_works(place: Path) -> None:
     assert reader.document("skills", "s") == b"hello"
     with pytest.raises(HimError):
         history.writable("new")
+
+
+@pytest.mark.parametrize("rule", [*RULES])
+def test_levels_above_one_colour_are_read_though_nothing_of_them_is_stored(rule: str) -> None:
+    """A level made of equal tiles may be equal to the one below it: known by name, and nowhere stored."""
+    stack = Stack(new_disk())
+    stack.history.declare_stream(StreamSpec("n", tile_height=8, tile_width=8, dtype="uint8", level_rule=rule))
+    stack.ingest.tiles("main", "n", "f", {(y, x): np.full((8, 8), 7, np.uint8) for y in range(8) for x in range(8)})
+    for level in (1, 2, 3):
+        values = np.asarray(stack.at("main").tile(TileKey("n", "f", level, 0, 0)))
+        assert (values == 7).all()
+        assert values.shape[:2] == (8, 8)
+        assert not values.flags.writeable
+    stack.close()

@@ -115,9 +115,10 @@ class SnapshotReader:
                 values = self._store.read_tile(entry.blob_id)
                 self.was_read([entry.blob_id])
                 return values
-            scratch = Scratch(self._store)
-            levels.tile(scratch, _Forgetful(), self.frame(key.stream, key.frame), key.level, key.y, key.x)
-            return scratch.read_tile(entry.blob_id)
+            values = levels.read(self._store, _Forgetful(), self.frame(key.stream, key.frame), key.level, key.y, key.x)
+            assert values is not None
+            values.flags.writeable = False
+            return values
 
     @contextmanager
     def _expiring(self, keys: Sequence[TileKey]) -> Generator[None]:
