@@ -63,7 +63,10 @@ def owners(disk: Disk) -> Iterator[tuple[str, bytes]]:
         path = f"{PACK_FOLDER}/{name}"
         if not name.endswith(_SUFFIX):
             continue
-        file = disk.open(path)
+        try:
+            file = disk.open(path)
+        except NotFoundError:
+            continue  # Another process has just removed it.
         try:
             head = file.read_at(0, layout.FILE_HEADER_BYTES)
             layout.check_file_header(head, path)

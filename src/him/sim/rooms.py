@@ -28,7 +28,7 @@ from him.tier.protect import Parity, Shape
 from him.tier.warm import WarmStore
 
 REPOSITORY_ID: Final = bytes(range(16))
-BUDGET_BYTES: Final = 768 * 1024
+BUDGET_BYTES: Final = 1536 * 1024
 PARITY: Final = Shape(3, 1)
 
 

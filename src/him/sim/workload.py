@@ -823,7 +823,7 @@ KINDS: Final[dict[str, Work]] = {
     "scrub": Work(3, scrub, False, (BusyError,)),
     "heal": Work(1, heal, False, (BusyError, ConflictError)),
     "reopen": Work(5, reopen, False),
-    "push": Work(8, push, True, (ConflictError,)),
+    "push": Work(12, push, True, (ConflictError,)),
     "demote": Work(8, demote, False),
     "pin": Work(10, pin, False, _NAMES),
     "take_over": Work(1, take_over, True, (ConflictError,)),
