@@ -819,7 +819,7 @@ KINDS: Final[dict[str, Work]] = {
     "fsck": Work(1, fsck, False),
     "rebuild": Work(1, rebuild, False),
     "measure": Work(1, measure, False),
-    "protect": Work(3, protect, True, (BusyError,)),
+    "protect": Work(3, protect, True, (BusyError, ConflictError)),
     "scrub": Work(3, scrub, False, (BusyError,)),
     "heal": Work(1, heal, False, (BusyError, ConflictError)),
     "reopen": Work(5, reopen, False),
