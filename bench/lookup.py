@@ -91,8 +91,8 @@ def _build(place: Path, side: int) -> NDArray[np.uint8]:
         table = np.zeros(len(blobs), dtype=ROW)
         table["blob"], table["length"], table["kind"] = blobs, 320, 1
         table["offset"] = 128 + 320 * np.arange(len(blobs))
-        repo._store._addresses.add(repo._log.head()[0], 0, table)
-        repo._store._addresses.flush(above=0)
+        repo._store._addresses.add(0, table)
+        repo._store._addresses.reached(repo._log.head()[0], keep=True, above=0)
     return blobs
 
 
