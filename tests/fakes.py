@@ -31,6 +31,7 @@ from him.sim.disk import PowerLoss as PowerLoss
 from him.tier.care import Journal
 from him.tier.mirror import Mirror
 from him.tier.protect import Parity, Shape
+from him.tier.scrub import put_right
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import blob_id
@@ -305,7 +306,9 @@ class Stack:
         self.history = History(self.log, self.projection, self.store, self.memo, self.clock, self.rng, writer)
         self.history.refresh()
         if mirror is not None:
-            mirror.watch(self.history.finished_packs, self.log.published)
+            mirror.watch(
+                self.history.finished_packs, self.log.published, lambda finished: put_right(self.store, finished)
+            )
         self.reader, self.encoder = FakeReader(), FakeEncoder()
         self.ingest = Ingest(self.history, self.store, self.memo, self.clock, self.reader, self.encoder)
 

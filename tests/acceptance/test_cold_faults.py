@@ -193,7 +193,7 @@ def _cold_copies_are_whole(place: Path, bucket: ObjectBucket) -> None:
     from blake3 import blake3
 
     from him.adapters.local import LocalDisk
-    from him.tier.mirror import receipts
+    from him.tier.receipts import receipts
 
     found = receipts(LocalDisk(place))
     assert found

@@ -20,7 +20,8 @@ from him.config import EXTENT_BYTES
 from him.errors import IntegrityError, StorageError, UnavailableError
 from him.tier import lines
 from him.tier.cold import Receipt
-from him.tier.mirror import Mirror, receipts
+from him.tier.mirror import Mirror
+from him.tier.receipts import receipts
 from him.tier.warm import WarmStore
 from him.types import TileKey
 

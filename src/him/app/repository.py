@@ -25,7 +25,6 @@ from him.adapters.sqlite import SqliteMemo, SqliteProjection, wal_fault
 from him.care import CareHandle, shape_of
 from him.catalog import marker as marker_file
 from him.catalog import spare
-from him.catalog.files import examine
 from him.catalog.fsck import Fsck, FsckReport
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import TAG, History, new_ulid
@@ -51,7 +50,6 @@ from him.config import (
 from him.errors import (
     ConflictError,
     HimError,
-    IntegrityError,
     LimitError,
     NotFoundError,
     StorageError,
@@ -75,8 +73,10 @@ from him.replay.trace import new_trace
 from him.tier.care import Journal
 from him.tier.cold import Claim, newest
 from him.tier.cold import take_over as claim_tier
-from him.tier.mirror import Mirror, receipts
+from him.tier.mirror import Mirror
 from him.tier.protect import Parity
+from him.tier.receipts import receipts
+from him.tier.scrub import put_right
 from him.tier.settings import TIER, TierSettings, tier_settings
 from him.tier.warm import WarmStore
 from him.types import (
@@ -162,7 +162,10 @@ class Repository:
         self._history.refresh()
         check_owner(self._disk, marker, frozenset(self._projection.packs(0)))
         if self._mirror is not None:
-            self._mirror.watch(lambda: [*self._history.finished_packs(), *parity.files()], self._log.published)
+            self._mirror.watch(
+                lambda: [*self._history.finished_packs(), *parity.files()], self._log.published,
+                lambda finished: put_right(self._store, finished),
+            )  # fmt: skip
         self._ingest = Ingest(self._history, self._store, self._memo, clock, reader, encoder)
         self._decoder = PillowDecoder()
         self._parts = Parts(self._store, self._memo, self._history, self._ingest, self._decoder, self.query)
@@ -547,18 +550,10 @@ class Repository:
 
     def fsck(self, *, rebuild: bool = False, progress: Progress | None = None) -> FsckReport:
         """Check every digest; with `rebuild` make projection and address index anew from log and packs first."""
-        if rebuild:
-            # A log that is too damaged to rebuild from is a fault to report, not to stop at.
-            with contextlib.suppress(IntegrityError):
-                self._history.rebuild()
-            self._store.forget_addresses()
-        with contextlib.suppress(HimError):
-            self._store.refresh()  # Which puts right what it finds in caches.
-        beside = examine(self._disk)
-        beside.faults.extend(fault for spool in self._spools for fault in trace_faults(spool))
+        spooled = [fault for spool in self._spools for fault in trace_faults(spool)]
         return Fsck(
             self._history, self._projection, self._store, progress,
-            beside=beside, rebuild=rebuild, format=_read_marker(self._disk).format,
+            known=spooled, rebuild=rebuild, format=_read_marker(self._disk).format,
         ).run()  # fmt: skip
 
     def gc(

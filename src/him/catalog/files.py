@@ -20,7 +20,7 @@ from him.errors import IntegrityError, NotFoundError, VersionError
 from him.ports import Disk
 from him.sealed import holds
 from him.tier.address import damaged_segments
-from him.tier.mirror import RECEIPTS, receipt_lines
+from him.tier.receipts import RECEIPTS, receipt_lines
 from him.tier.settings import TIER, tier_settings
 from him.types import Fault
 

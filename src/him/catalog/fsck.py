@@ -3,18 +3,19 @@
 Every fault is named with the object, its place, and the remedy for faults of its kind (`catalog.remedy`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Final, cast
 
 import msgspec
 
 from him.catalog import checkpoint, remedy
 from him.catalog.checkpoint import Fold
-from him.catalog.files import Examined
+from him.catalog.files import Examined, examine
 from him.catalog.history import History
 from him.catalog.log import CHECKPOINT_FOLDER, LOG_PATH
 from him.catalog.marker import MARKER, REWRITE, needed_format
-from him.catalog.retention import Expiry
+from him.catalog.retention import Expiry, lacks
 from him.catalog.salvage import owners, told_unopened
 from him.config import CHECKPOINT_BYTES_MAX, MENDS_MAX
 from him.errors import HimError, IntegrityError, NotFoundError, StorageError, VersionError
@@ -76,8 +77,9 @@ class Fsck:
     """One check of a repository; reads everything, and changes only what differs from its cold copy.
 
     Args:
-        beside: what `catalog.files.examine` found, before the repository was opened or since.
-        rebuild: write again what follows from sound records: lists in packs, and zeros between records.
+        known: faults that were found elsewhere.
+        rebuild: first make projection and address index anew; then write again what follows from sound records: lists
+            in packs, and zeros between records.
         format: what him.json says; 0 where there is none.
     """
 
@@ -88,7 +90,7 @@ class Fsck:
         store: WarmStore,
         progress: Progress | None = None,
         *,
-        beside: Examined | None = None,
+        known: Iterable[Fault] = (),
         rebuild: bool = False,
         format: int = 0,
     ) -> None:
@@ -99,9 +101,8 @@ class Fsck:
         self._progress = progress or _silent
         self._rebuild = rebuild
         self._format = format
-        found = beside or Examined([], [])
-        self._faults = {(fault.object, fault.place): fault for fault in found.faults}
-        self._notes = {(fault.object, fault.place): fault for fault in found.notes}
+        self._faults = {(fault.object, fault.place): fault for fault in known}
+        self._notes: dict[tuple[str, str], Fault] = {}
         self._damaged: set[bytes] = set()
         self._partless: set[bytes] = set()
         self._seen: set[bytes] = set()
@@ -116,6 +117,7 @@ class Fsck:
             return self._run()
 
     def _run(self) -> FsckReport:
+        self._beside()
         checkpoints = self._disk.list(CHECKPOINT_FOLDER)
         try:
             self._history.refresh()
@@ -148,6 +150,19 @@ class Fsck:
         self._refs(live)
         faults, notes = tuple(self._faults.values()), tuple(self._notes.values())
         return FsckReport(faults, len(self._expired), 0, len(self._tiles), len(packs), size, notes)
+
+    def _beside(self) -> None:
+        """What follows from log and packs, and the small files."""
+        if self._rebuild:
+            # A log that is too damaged to rebuild from is a fault to report, not to stop at.
+            with suppress(IntegrityError):
+                self._history.rebuild()
+            self._store.forget_addresses()
+        with suppress(HimError):
+            self._store.refresh()  # Which puts right what it finds in caches.
+        found = examine(self._disk)
+        self._faults |= {(fault.object, fault.place): fault for fault in found.faults}
+        self._notes |= {(fault.object, fault.place): fault for fault in found.notes}
 
     # -- the log
 
@@ -229,14 +244,9 @@ class Fsck:
         """Check all that belongs to a pack, once more after it was put right; its size in bytes."""
         faults, damaged = dict(self._faults), set(self._damaged)
         size = self._examined(pack)
-        if len(self._faults) > len(faults) and self._removed(pack.name):
+        if len(self._faults) > len(faults) and self._history.removed(pack.name):
             self._faults, self._damaged = faults, damaged
         return size
-
-    def _removed(self, name: str) -> bool:
-        """Whether another process has removed a pack, which was condemned before, since this check began."""
-        self._history.refresh()
-        return any(removed and name == gone for gone, _, removed in self._projection.released(0))
 
     def _examined(self, pack: PackState) -> int:
         try:
@@ -354,7 +364,7 @@ class Fsck:
                 if tile:
                     codec.values_of(found.meta, payload)
         except (IntegrityError, VersionError) as error:
-            if isinstance(error, IntegrityError) and self._lacks_part(header.blob_id):
+            if isinstance(error, IntegrityError) and self._lacks(header.blob_id):
                 # No fault while nothing refers to it: a restored log may end before the commit that it is of.
                 self._partless.add(header.blob_id)
                 return None
@@ -371,19 +381,12 @@ class Fsck:
         self._history.refresh()
         return self._store.has(blob)
 
-    def _lacks_part(self, blob: BlobId) -> bool:
-        """Whether something that a tile is made of is not stored at all."""
-        waiting = [blob]
-        try:
-            while waiting:
-                blob = waiting.pop()
-                if not self._store.has(blob):
-                    return True
-                found = self._store.read(blob)
-                waiting += self._store.parts(found)
-        except (IntegrityError, VersionError):
-            pass
-        return False
+    def _lacks(self, blob: BlobId) -> bool:
+        """Whether something that a tile is made of is not stored, as far as the log goes now."""
+        if not lacks(self._store, blob):
+            return False
+        self._history.refresh()
+        return lacks(self._store, blob)
 
     def _parity(self) -> None:
         if self._store.parity is not None:

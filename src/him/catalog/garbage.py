@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from him.catalog import retention
 from him.catalog.history import History
-from him.catalog.retention import Expiry
+from him.catalog.retention import Expiry, lacks
 from him.config import COLLECT_COPY_BYTES
 from him.errors import ConflictError, IntegrityError, NotFoundError, UnavailableError
 from him.pack import format as layout
@@ -102,8 +102,8 @@ class Marks:
             return
         for frame in node:
             if frame.root:
-                expiring = not held and self._expiry.touches(frame.stream)
-                self._page(frame, frame.root, frame.root_height, frame.stream if expiring else "")
+                expiring = self._expiry.touches(frame.stream)
+                self._page(frame, frame.root, frame.root_height, frame.stream if expiring else "", held=held)
 
     def parts(self, rows: Mapping[str, layout.Rows]) -> None:
         """Mark what marked tiles are made of: bases of deltas (told by the packs' rows) and chunks of documents."""
@@ -145,17 +145,21 @@ class Marks:
         at = np.minimum(self._known.searchsorted(names), len(self._known) - 1)
         return self._known[at] == names
 
-    def _page(self, frame: Frame, blob: bytes, height: int, expiring: str) -> None:
+    def _page(self, frame: Frame, blob: bytes, height: int, expiring: str, *, held: bool) -> None:
         # The same page may stand in a stream that lets go and in one that does not, in documents and in arrays.
-        if not self._visit(f"{frame.content}:{expiring}", blob):
+        if not self._visit(f"{frame.content}:{expiring}{':held' * held}" if expiring else frame.content, blob):
             return
         raw = page.load(self._store, blob, height).entries()
         if height:
             for child in raw:
-                self._page(frame, child.tobytes(), height - 1, expiring)
+                self._page(frame, child.tobytes(), height - 1, expiring, held=held)
             return
         if expiring:
-            raw = raw[~self._expiry.covers(expiring, raw[:, 32:])]
+            gone = self._expiry.covers(expiring, raw[:, 32:])
+            if held:
+                # A hold keeps what is still there: it may have come after parts of it went.
+                gone[gone] = [lacks(self._store, BlobId(row.tobytes())) for row in raw[gone][:, :32]]
+            raw = raw[~gone]
         self._fresh.append(prefixes(raw[:, :32]))
         if self._every or frame.content == "bytes":
             self._documents += [row.tobytes() for row in raw[:, :32]]
@@ -243,7 +247,7 @@ class Collector:
         rows: dict[str, layout.Rows] = {}
         for number, pack in enumerate(sorted(packs, key=lambda one: one.name)):
             self._progress(number, len(packs), "reading what packs hold")
-            rows[pack.name] = self._store.rows(pack)
+            rows[pack.name] = self._history.pack_rows(pack)
         return rows
 
     def _mark(

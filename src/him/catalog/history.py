@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 import msgspec
@@ -24,6 +25,7 @@ from him.catalog.log import parsed
 from him.catalog.retention import held, rules
 from him.config import CHECKPOINT_RECORDS, STREAMS
 from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, SealedError, UsageError
+from him.pack.format import Rows, rows_of
 from him.ports import Clock, CommitLog, Memo, Projection, Rng
 from him.pyramid import directory, levels
 from him.tier.warm import WarmStore
@@ -38,6 +40,7 @@ from him.types import (
     Operation,
     PackFinished,
     PackRange,
+    PackState,
     Parent,
     RefSet,
     RetentionSet,
@@ -115,10 +118,25 @@ class History:
         return Begun(self._store.epoch, self._store.condemned, lease)
 
     def finished_packs(self) -> list[PackFinished]:
-        """The packs that grow no more and are to stay, as far as this process has looked."""
+        """The packs that grow no more and are to stay. Raises StorageError, IntegrityError as `refresh`."""
+        self.refresh()
         going = {name for name, _, _ in self._projection.released(0)}
         packs = (named for _, named in self._projection.pack_changes(0) if isinstance(named, PackFinished))
         return [named for named in packs if named.pack not in going]
+
+    def removed(self, pack: str) -> bool:
+        """Whether a pack that was condemned is removed by now."""
+        self.refresh()
+        return any(removed and name == pack for name, _, removed in self._projection.released(0))
+
+    def pack_rows(self, pack: PackState) -> Rows:
+        """All that a pack holds; nothing of one that another process has removed since. Raises IntegrityError."""
+        try:
+            return self._store.rows(pack)
+        except IntegrityError:
+            if not pack.condemned or not self.removed(pack.name):
+                raise
+            return rows_of([])
 
     def refresh(self) -> None:
         """Bring the projection to the log's head; one of another history, or far behind, is restored."""
@@ -263,21 +281,14 @@ class History:
 
     def seal(self, name: str) -> Snapshot:
         """End writing to a snapshot: its levels are computed, its Lamport time is set. Sealing twice is no change."""
-        self.prepare()
-        found = self.snapshot(name)
-        while not found.sealed:
-            root = levels.levels_root(self._store, self._memo, found.directory)
-            expected = found
-
-            def build(expected: Snapshot = expected, root: bytes = root) -> Sequence[Operation]:
-                now = self.snapshot(expected.snapshot_id)
-                if now.sealed or now.directory != expected.directory:
-                    return ()
-                return [Sealed(now.snapshot_id, now.directory, root, self._projection.lamport() + 1)]
-
-            self.append(build)
-            found = self.snapshot(found.snapshot_id)
-        return found
+        with self.lease():
+            self.prepare()
+            found = self.snapshot(name)
+            while not found.sealed:
+                root = levels.levels_root(self._store, self._memo, found.directory)
+                self.append(partial(self._sealing, found, root))
+                found = self.snapshot(found.snapshot_id)
+            return found
 
     def finish_packs(self) -> list[str]:
         """End every pack that grows, however small, so that all of it can be copied; those that others write to.
@@ -427,6 +438,13 @@ class History:
 
         self.append(build)
         return self.snapshot(branch)
+
+    def _sealing(self, expected: Snapshot, root: bytes) -> Sequence[Operation]:
+        """The record that seals a snapshot with its levels; none if it is not as it was when they were computed."""
+        now = self.snapshot(expected.snapshot_id)
+        if now.sealed or now.directory != expected.directory:
+            return ()
+        return [Sealed(now.snapshot_id, now.directory, root, self._projection.lamport() + 1)]
 
     def _opening(
         self,

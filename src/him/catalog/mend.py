@@ -12,7 +12,7 @@ from him.errors import IntegrityError, NotFoundError, StorageError
 from him.ports import Disk, ObjectStore, Rng
 from him.sealed import holds
 from him.tier.cold import receipt_of
-from him.tier.mirror import RECEIPTS, keep_receipts, receipt_lines, receipts
+from him.tier.receipts import RECEIPTS, keep_receipts, receipt_lines, receipts
 from him.tier.settings import TierSettings, tier_settings
 from him.types import Fault
 

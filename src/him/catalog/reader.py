@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from him.catalog.retention import Expiry
+from him.catalog.retention import Expiry, lacks
 from him.errors import ExpiredError, IntegrityError, NotFoundError, UsageError
 from him.ports import Memo
 from him.pyramid import directory, levels, update
@@ -139,7 +139,7 @@ class SnapshotReader:
         frame, side = self.frame(key.stream, key.frame), 1 << key.level
         cells = update.scan(self._store, frame.root, frame.root_height, Box(key.x * side, key.y * side, side, side))
         return any(
-            expiry.covers_one(key.stream, found.origin) and not self._store.has(found.blob_id) for *_, found in cells
+            expiry.covers_one(key.stream, found.origin) and lacks(self._store, found.blob_id) for *_, found in cells
         )
 
     def tiles(self, keys: Sequence[TileKey]) -> list[Array | bytes]:

@@ -17,7 +17,7 @@ from him.errors import HimError, IntegrityError, NotFoundError
 from him.ports import Clock, Disk, File, ObjectStore
 from him.tier import cold as copies
 from him.tier.cold import Piece, Receipt
-from him.tier.mirror import keep_receipts
+from him.tier.receipts import keep_receipts
 from him.types import CommitRecord, LiveState, PackFinished, PackRange, PackRemoved
 
 Progress = Callable[[int, int, str], None]

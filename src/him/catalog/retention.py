@@ -6,12 +6,15 @@ age is that of the snapshot that wrote it; that of a snapshot is told by its id.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from him.types import Operation, Snapshot, StreamSpec, TilesExpired, snapshot_bytes
+from him.errors import IntegrityError, VersionError
+from him.tier.warm import WarmStore
+from him.types import BlobId, Operation, Snapshot, StreamSpec, TilesExpired, snapshot_bytes
 
 HOLD: Final = "hold"
 """The attribute that keeps a snapshot, and all it reaches, whatever rules say; its value is the reason."""
@@ -51,6 +54,18 @@ class Expiry:
     def covers_one(self, stream: str, origin: bytes) -> bool:
         """Whether a tile with this origin is let go."""
         return self.touches(stream) and bool(self.covers(stream, np.frombuffer(origin, np.uint8).reshape(1, -1))[0])
+
+
+def lacks(store: WarmStore, blob: BlobId) -> bool:
+    """Whether a tile, or something it is made of, is not stored at all; what is damaged is stored."""
+    waiting = [blob]
+    with suppress(IntegrityError, VersionError):
+        while waiting:
+            blob = waiting.pop()
+            if not store.has(blob):
+                return True
+            waiting += store.parts(store.read(blob))
+    return False
 
 
 def rules(declared: Iterable[StreamSpec], set_by_hand: Rules) -> dict[tuple[str, str], int]:

@@ -115,7 +115,7 @@ def measure(history: History, projection: Projection, store: WarmStore, progress
         history.refresh()
         state = projection.state()
         packs = [pack for pack in state.packs if not pack.removed]
-        rows = {pack.name: store.rows(pack) for pack in packs}
+        rows = {pack.name: history.pack_rows(pack) for pack in packs}
         records = _records(store, rows)
         tallies: dict[str, _Tally] = {}
         counted: dict[tuple[str, bytes, int, int], tuple[int, int]] = {}

@@ -272,6 +272,6 @@ def decode_trailer(data: bytes, place: str) -> tuple[int, int, bytes]:
     """(footer offset, footer size, Merkle root). Raises IntegrityError for damage."""
     head, digest, fill = data[: _TRAILER.size], data[_TRAILER.size : _TRAILER.size + 32], data[_TRAILER.size + 32 :]
     if len(data) != TRAILER_BYTES or blake3(head).digest() != digest or fill.count(0) != len(fill):
-        raise IntegrityError("damaged pack trailer", place=place)
+        raise IntegrityError("damaged pack trailer", object=place.partition(" @ ")[0], place=place)
     _, offset, size, merkle_root, _ = _TRAILER.unpack(head)
     return offset, size, merkle_root

@@ -43,7 +43,8 @@ class Repaired:
     def size(self) -> int:
         """Length in bytes."""
         end = max((offset + len(data) for offset, data in self._repairs.writes), default=0)
-        return max(self._file.size(), end) if self._repairs.size is None else self._repairs.size
+        known = max(self._file.size(), end)
+        return known if self._repairs.size is None else min(known, self._repairs.size)
 
     def read_at(self, offset: int, size: int) -> bytes:
         """Up to `size` bytes."""

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Final
 
 from him.catalog.restore import restore
 from him.errors import ExpiredError, HimError, IntegrityError, NotFoundError, StorageError
+from him.pack.galois import product
 from him.sim.clock import SimClock, SimRng
 from him.sim.disk import BLOCK_BYTES, MemDisk, Volume
 from him.sim.ledger import END, LOG
 from him.sim.model import Model, Value, Violation
 from him.sim.objects import Bucket, SimObjects
-from him.sim.rooms import Rooms, SimMemo
+from him.sim.rooms import REPOSITORY_ID, Rooms, SimMemo, furnish
 from him.sim.schedule import Schedule
+from him.tier.care import Journal
 from him.tier.cold import Claim
-from him.tier.mirror import receipts
+from him.tier.protect import Parity
+from him.tier.receipts import receipts
 from him.tier.warm import WarmStore
 from him.types import TileKey
 
@@ -112,14 +115,20 @@ def located(error: HimError) -> bool:
 # -- rot
 
 
-def may_rot(world: "World", path: str) -> bool:
-    """Whether a file can be had back from elsewhere."""
-    if not path.startswith("packs/"):
-        return True
-    site = world.sites["a"]
-    held = {receipt.pack: receipt.size for receipt in receipts(MemDisk(volume=site.volume))}
-    found = world.bucket.objects.get(path)
-    return found is not None and held.get(path) == len(found) == len(site.volume.files[path].now)
+def elsewhere(volume: Volume, bucket: Bucket) -> set[str]:
+    """Packs and parity files that are in the cold tier whole, or that a whole group of parity makes again."""
+    disk, objects = MemDisk(volume=volume), bucket.objects
+    found = {
+        receipt.pack
+        for receipt in receipts(disk)
+        if receipt.pack in volume.files
+        and receipt.size == len(volume.files[receipt.pack].now) == len(objects.get(receipt.pack, b""))
+    }
+    for held in Parity(disk, product, REPOSITORY_ID, tuple, Journal(disk, SimClock())).groups():
+        names = {*(member.name for member in held.group.members), *held.names}
+        if len(held.whole) == len(held.names) and names <= volume.files.keys():
+            found |= names
+    return found
 
 
 def spoil(data: bytearray, rng: Random) -> bool:
@@ -287,6 +296,7 @@ def restored(process: "Process", rng: Random) -> None:
                 raise Violation("a restore lacks what was pushed", f"{found} instead of {floor} records")
             if found.commits > site.model.seq:
                 raise Violation("a restore has what was not published", f"{found}, {site.model.seq} records")
+            furnish(volume, Claim(None, 0))
             rooms = Rooms(disk, process.objects(), SimClock(), SimRng("restore"), "restored", SimMemo(), Claim(None, 0))
             try:
                 model = site.ledger.at(found.commits)

@@ -14,22 +14,39 @@ from him.catalog.fsck import Fsck, FsckReport, Progress
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import History
 from him.catalog.log import FileLog
+from him.catalog.marker import MARKER, Marker
 from him.catalog.reader import SnapshotReader
 from him.catalog.transfer import Side
-from him.config import EMBEDDING_DIMS
+from him.config import EMBEDDING_DIMS, REPOSITORY_FORMAT
 from him.errors import HimError
 from him.ingest import Ingest
 from him.pack.galois import product
 from him.ports import Clock, Disk, ObjectStore, Rng
+from him.sim.disk import FileData, Volume
 from him.tier.care import Journal
 from him.tier.cold import Claim
 from him.tier.mirror import Mirror
 from him.tier.protect import Parity, Shape
+from him.tier.scrub import put_right
+from him.tier.settings import TIER, TierSettings
 from him.tier.warm import WarmStore
 
 REPOSITORY_ID: Final = bytes(range(16))
 BUDGET_BYTES: Final = 1536 * 1024
 PARITY: Final = Shape(3, 1)
+
+
+def furnish(volume: Volume, claim: Claim | None = None) -> bytes:
+    """Put the files there that `app` keeps beside log and packs; him.json.
+
+    Args:
+        claim: to a cold tier.
+    """
+    marker = Marker(REPOSITORY_FORMAT, REPOSITORY_ID.hex(), 0).encoded()
+    volume.files[MARKER] = FileData(marker, named=True)
+    if claim is not None:
+        volume.files[TIER] = FileData(TierSettings("sim", BUDGET_BYTES, *claim).encoded(), named=True)
+    return marker
 
 
 class SimMemo:
@@ -89,7 +106,10 @@ class Rooms:
         self.history = History(self.log, self.projection, self.store, memo, clock, rng, writer)
         self.history.refresh()
         if self.mirror is not None:
-            self.mirror.watch(lambda: [*self.history.finished_packs(), *parity.files()], self.log.published)
+            self.mirror.watch(
+                lambda: [*self.history.finished_packs(), *parity.files()], self.log.published,
+                lambda finished: put_right(self.store, finished),
+            )  # fmt: skip
         self.ingest = Ingest(self.history, self.store, memo, clock, Unseeing(), Unseeing())
 
     def reader(self, directory: bytes, *, critical: bool = False) -> SnapshotReader:

@@ -7,6 +7,7 @@ import msgspec
 
 from him.sim.faults import FAULTS
 from him.sim.model import Violation
+from him.sim.repair import settled
 from him.sim.schedule import Deadlock
 from him.sim.small import small
 from him.sim.workload import KINDS, weather, workload
@@ -63,6 +64,7 @@ def simulate(
         world = World(seed, processes, faults, KINDS, weather)
         try:
             world.run(given)
+            settled(world, world.sites["a"])
         except Violation as found:
             failure = Failure(found.check, found.seen, tuple(world.events))
         except Deadlock as found:

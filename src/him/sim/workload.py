@@ -46,6 +46,7 @@ from him.sim.model import (
     level_tile,
     whole,
 )
+from him.sim.repair import repaired
 from him.sim.rooms import Rooms
 from him.sim.world import Kept, Op, Process
 from him.tier import cold
@@ -157,7 +158,12 @@ def weather(process: Process, rng: Random) -> None:
 def rot(process: Process, rng: Random) -> None:
     """Damage a file at rest that can be done without, or is somewhere else too."""
     world, site = process.world, process.site
-    found = [path for path in sorted(site.volume.files) if path.startswith(ROTTING) and checks.may_rot(world, path)]
+    held = checks.elsewhere(site.volume, world.bucket) if not site.rotted else set[str]()
+    found = [
+        path
+        for path in sorted(site.volume.files)
+        if path.startswith(ROTTING) and (path in held or not path.startswith("packs/"))
+    ]
     if not found:
         return
     path = rng.choice(found)
@@ -789,6 +795,12 @@ def damage(process: Process, rooms: Rooms, rng: Random) -> None:
         checks.damaged(process.world, process.site, rng)
 
 
+def repair(process: Process, rooms: Rooms, rng: Random) -> None:
+    """Damage a copy, and heal it."""
+    with process.world.quietly(process):
+        repaired(process.world, process.site, rng)
+
+
 _NAMES: Final = (NotFoundError, ConflictError)
 KINDS: Final[dict[str, Work]] = {
     "declare": Work(2, declare, True),
@@ -832,6 +844,7 @@ KINDS: Final[dict[str, Work]] = {
     "fetch": Work(1, fetch, True, (ConflictError,)),
     "prefix": Work(2, prefix, False),
     "damage": Work(2, damage, False),
+    "repair": Work(2, repair, False),
 }
 
 

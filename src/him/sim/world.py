@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from him.catalog.lease import Lease
 from him.catalog.log import FileLog
+from him.catalog.marker import MARKER
 from him.errors import HimError
 from him.sim.clock import ProcessClock, SimClock, SimRng
 from him.sim.disk import MemDisk, PowerLoss, Volume
@@ -20,7 +21,7 @@ from him.sim.gate import Gate, Weather
 from him.sim.ledger import Ledger
 from him.sim.model import Act, Contents, Model, Violation
 from him.sim.objects import Bucket, SimObjects
-from him.sim.rooms import Rooms, SimMemo
+from him.sim.rooms import Rooms, SimMemo, furnish
 from him.sim.schedule import Schedule, Stopped
 from him.tier.cold import Claim
 
@@ -113,10 +114,11 @@ class World:
         self._digest = blake3()
         self.finished = 0
         self.processes = [Process(self, number) for number in range(processes)]
-        for site in self.sites.values():
+        for name, site in self.sites.items():
             disk = MemDisk(volume=site.volume)
             FileLog.create(disk)
             disk.sync_folder("packs")
+            self.bucket.objects[MARKER] = furnish(site.volume, self.claim if name == "a" else None)
 
     def run(self, ops: Sequence[Op], *, close: bool = True) -> None:
         """Run a workload. Raises Violation, or whatever went wrong.

@@ -26,9 +26,10 @@ from him.types import BlobId
 
 PLACE: Final = np.dtype([("pack", "<u4"), ("unit", "<u4"), ("length", "<u4"), ("depth", "<u4")])
 _NAME: Final = struct.Struct(">QQ")
-_MAGIC: Final = b"HIMADDR\x03"
+_MAGIC: Final = b"HIMADDR\x04"
 _HEAD: Final = 128
-"""Magic, position before and after (u64 each), the columns' digest, the digest of all that, zeros."""
+"""Magic, position before and after and rows (u64 each), the columns' digest, the digest of all that, zeros."""
+_SIGNED: Final = struct.Struct("<8s3Q32s")
 _ROW: Final = 32
 _FOLDER: Final = "cache/addresses"
 _FEW: Final = 16
@@ -76,6 +77,10 @@ class _Segment:
         self._lows = table.lows.view(np.uint8).data.cast("Q")
         self._places = table.places.view(np.uint8).data.cast("I")
 
+    def sound(self) -> bool:
+        """Whether it still has the rows it was written with (reads them all)."""
+        return self.table.digest() == self.digest
+
     @property
     def partial(self) -> bool:
         """Whether it was written while rows were being learnt, and says nothing of commits."""
@@ -109,6 +114,8 @@ class AddressIndex:
         self._others: dict[bytes, list[Location]] = {}
         """Older places of blobs in the tail: which one will be left when packs go is not known yet."""
         self.position = 0
+        self.damaged = False
+        """Whether a segment that was to be merged has other rows than it was written with: all are to be made anew."""
         self.removed: frozenset[int] = frozenset()
         """Numbers of packs whose rows lead nowhere any more."""
         self.condemned: frozenset[int] = frozenset()
@@ -140,15 +147,13 @@ class AddressIndex:
 
     def sound(self) -> bool:
         """Whether every segment still has the digest it was written with (reads them all)."""
-        return all(one.table.digest() == one.digest for one in self._segments)
+        return all(one.sound() for one in self._segments)
 
     def find(self, blob: BlobId) -> Location | None:
         """Where the least deep record of a blob lies (of equally deep ones the newest), or None."""
-        found = self._found(blob, self.removed | self.lost, self.bad)
-        return self._found(blob, self.removed) if found is None and (self.bad or self.lost) else found
-
-    def _relied(self, blob: BlobId, avoid: Set[int] = frozenset()) -> Location | None:
-        return self._found(blob, self._unreliable() | avoid, self.bad)
+        if not self.lost and not self.bad:
+            return self._found(blob, self.removed)
+        return self._found(blob, self.removed | self.lost, self.bad) or self._found(blob, self.removed)
 
     def doubtful(self) -> bool:
         """Whether there is any record, or pack, that may not be relied on."""
@@ -178,18 +183,18 @@ class AddressIndex:
 
     def relied(self, blob: BlobId, avoid: Set[int]) -> bool:
         """Whether a blob lies in a pack that may be relied on and is none of `avoid`."""
-        return self._relied(blob, avoid) is not None
+        return self._found(blob, self._unreliable() | avoid, self.bad) is not None
 
     def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
         """Whether each blob is in no pack that may be relied on: for many blobs at once far cheaper than `find`."""
-        if len(blobs) < _FEW:
-            return [self._relied(blob) is None for blob in blobs]
         tail, avoid, bad = self._tail, self._unreliable(), self.bad
+        if len(blobs) < _FEW:
+            return [self._found(blob, avoid, bad) is None for blob in blobs]
         absent = np.array([(at := tail.get(blob)) is None or at.pack in avoid or at[:2] in bad for blob in blobs])
         if self._others:
             for number in map(int, np.flatnonzero(absent)):
                 if blobs[number] in self._others:
-                    absent[number] = self._relied(blobs[number]) is None
+                    absent[number] = self._found(blobs[number], avoid, bad) is None
         names = np.frombuffer(b"".join(blob[:16] for blob in blobs), dtype=">u8").reshape(-1, 2).astype(np.uint64)
         for segment in self._segments:
             highs = segment.table.highs
@@ -198,7 +203,7 @@ class AddressIndex:
             inside = np.flatnonzero(absent & (at < len(highs)))
             close = inside[highs[at[inside]] == names[inside, 0]]
             for number in map(int, close):
-                absent[number] = self._relied(blobs[number]) is None
+                absent[number] = self._found(blobs[number], avoid, bad) is None
         return absent.tolist()
 
     def add(self, pack: int, rows: Rows) -> None:
@@ -256,7 +261,12 @@ class AddressIndex:
         """Make sorted rows up to the position a segment, merged with those that are not much larger."""
         kept = list(self._segments)
         while kept and (kept[-1].partial or len(kept[-1].table.highs) < ADDRESS_MERGE_RATIO * len(table.highs)):
-            table = _merged(kept.pop().table, table)
+            older = kept.pop()
+            if not older.sound():
+                # Merged, its damage would have a digest that says it is right.
+                self.damaged = True
+                return False
+            table = _merged(older.table, table)
         since, path = kept[-1].until if kept else 0, f"{_FOLDER}/{self.position:016d}.seg"
         if since >= self.position:
             return False
@@ -274,7 +284,7 @@ class AddressIndex:
     def _stored(self, path: str, since: int, table: _Table) -> _Segment | None:
         """Rows of the commits after `since` up to the position, written and mapped; None where the disk refuses."""
         digest = table.digest()
-        head = _MAGIC + since.to_bytes(8, "little") + self.position.to_bytes(8, "little") + digest
+        head = _SIGNED.pack(_MAGIC, since, self.position, len(table.highs), digest)
         head += blake3(head).digest()
         try:
             self._disk.write_whole(path, head + bytes(_HEAD - len(head)), *table.columns())
@@ -306,21 +316,22 @@ class AddressIndex:
         try:
             file = self._disk.open(path)
             try:
-                size, head = file.size(), file.read_at(0, _HEAD)
+                size = file.size()
             finally:
                 file.close()
-            signed = len(_MAGIC) + 48
-            if len(head) < _HEAD or head[: len(_MAGIC)] != _MAGIC or (size - _HEAD) % _ROW:
-                return broken
-            if blake3(head[:signed]).digest() != head[signed : signed + 32] or size == _HEAD:
-                return broken
-            body, count = self._disk.view(path, 0, size)[_HEAD:], (size - _HEAD) // _ROW
+            # All from one view: another process may put another segment in the place of this one at any time.
+            view = self._disk.view(path, 0, size)
         except HimError:
             return broken
-        since, until = (int.from_bytes(head[at : at + 8], "little") for at in (8, 16))
+        signed = bytes(view[: _SIGNED.size])
+        if size <= _HEAD or blake3(signed).digest() != bytes(view[_SIGNED.size : _SIGNED.size + 32]):
+            return broken
+        magic, since, until, count, digest = _SIGNED.unpack(signed)
+        if magic != _MAGIC or size != _HEAD + _ROW * count:
+            return broken
+        body = view[_HEAD:]
         highs, lows = (np.frombuffer(body[at * count : (at + 8) * count], dtype=np.uint64) for at in (0, 8))
-        table = _Table(highs, lows, np.frombuffer(body[16 * count :], dtype=PLACE))
-        return _Segment(path, since, until, table, head[24:56])
+        return _Segment(path, since, until, _Table(highs, lows, np.frombuffer(body[16 * count :], dtype=PLACE)), digest)
 
 
 def damaged_segments(disk: Disk) -> Iterator[str]:
@@ -328,7 +339,8 @@ def damaged_segments(disk: Disk) -> Iterator[str]:
     index = AddressIndex(disk)
     for name in disk.list(_FOLDER):
         segment = index.mapped(f"{_FOLDER}/{name}")
-        if segment.until < 0 or segment.table.digest() != segment.digest:
+        # One that is gone by now another process has merged.
+        if (segment.until < 0 or not segment.sound()) and name in disk.list(_FOLDER):
             yield segment.path
 
 

@@ -34,19 +34,21 @@ from him.config import (
     WARM_FREE_RATIO,
     WARM_PACK_RATIO,
 )
-from him.errors import ConflictError, HimError, IntegrityError, NotFoundError, StorageError, UnavailableError
+from him.errors import ConflictError, IntegrityError, NotFoundError, StorageError, UnavailableError
+from him.pack.parity import SUFFIX as PARITY
 from him.ports import Clock, Disk, File, ObjectStore
 from him.tier import cold as copies
 from him.tier import lines
 from him.tier.account import Account
 from him.tier.cold import Claim, LogCopy, Receipt
 from him.tier.evict import EvictionPolicy, Extent
+from him.tier.mover import Mover
 from him.tier.pins import Pins, PinsByPack
+from him.tier.receipts import RECEIPTS, receipts
 from him.types import PackFinished
 
 FOLDER: Final = "cold"
 PACKS: Final = "packs/"
-RECEIPTS: Final = f"{FOLDER}/receipts"
 _HOTNESS: Final = f"{FOLDER}/hotness"
 
 _LOST: Final = "the cold tier does not hold a pack it was given"
@@ -137,13 +139,14 @@ class Mirror:
         self._policy = EvictionPolicy()
         self._finished: Callable[[], Iterable[PackFinished]] = tuple
         self._log: Callable[[int, int], bytes] = lambda _start, _limit: b""
-        self._receipts_read = 0
+        self._put_right: Callable[[PackFinished], bool] = lambda _: True
+        self._receipts_read = self._receipts_synced = 0
         self._fetched_bytes = self._fetches = self._freed_bytes = self._passed_through = 0
         self._fault, self._fault_ns = "", 0
         self._taken = ""
         self._kept: dict[bytes, int] = {}
         self._pushing = threading.Lock()
-        self._mover = _Mover(self.push_all) if background and not read_only else None
+        self._mover = Mover(self.push_all) if background and not read_only else None
         self._read_only = read_only
         self._account = Account(disk, self._recounted, read_only=read_only)
         self._receipts = disk.open(RECEIPTS, create=not read_only)
@@ -166,9 +169,18 @@ class Mirror:
         """From which size on a growing pack, which cannot be freed, is finished."""
         return int(self.budget_bytes * WARM_PACK_RATIO)
 
-    def watch(self, finished: Callable[[], Iterable[PackFinished]], log: Callable[[int, int], bytes]) -> None:
-        """Whom to ask for what is copied: the finished packs, and the log's bytes from an offset, at most so many."""
-        self._finished, self._log = finished, log
+    def watch(
+        self, finished: Callable[[], Iterable[PackFinished]], log: Callable[[int, int], bytes],
+        put_right: Callable[[PackFinished], bool] = lambda _: True,
+    ) -> None:  # fmt: skip
+        """Whom to ask for what is copied.
+
+        Args:
+            finished: the finished packs.
+            log: the log's bytes from an offset, at most so many.
+            put_right: mends what is damaged of a pack before it is copied; whether it is worth copying then.
+        """
+        self._finished, self._log, self._put_right = finished, log, put_right
 
     # -- ports.Disk
 
@@ -388,11 +400,15 @@ class Mirror:
     def copy_again(self, path: str, parts: Iterable[memoryview] | None) -> None:
         """Put a pack into the cold tier once more: from `parts`, or from what is here when all of it is.
 
+        Nothing is put where another process has removed it for good.
+
         Raises:
             IntegrityError: not all of it is here, or it is not what the receipt says.
             ConflictError, UnavailableError, StorageError: as `push`.
         """
-        receipt, pack = self._held[path], self._packs[path]
+        receipt, pack = self._held.get(path), self._packs.get(path)
+        if receipt is None or pack is None:
+            return
         if parts is None:
             self._look_at_all()
             if not pack.here.all():
@@ -530,13 +546,15 @@ class Mirror:
 
         Raises:
             ConflictError: the cold tier is another repository's by now.
-            UnavailableError, StorageError, IntegrityError: what was copied until then stays copied.
+            UnavailableError, StorageError: what was copied until then stays copied.
+            IntegrityError: all was copied but what is damaged, or the cold tier gives back other bytes.
         """
         with self._pushing:
             waiting = [finished for finished in self._finished() if not self.holds(finished.pack)]
             if waiting or self._generation is not None:
                 with self._asking(UnavailableError):
                     self.check_owner()
+            damaged = ""
             for number, finished in enumerate(waiting):
                 if progress is not None:
                     progress(number, len(waiting), finished.pack)
@@ -544,6 +562,10 @@ class Mirror:
                     return number
                 with self._asking(UnavailableError):
                     try:
+                        if not self._put_right(finished):
+                            lacking = not finished.pack.endswith(PARITY) and finished in self._finished()
+                            damaged = damaged or (finished.pack if lacking else "")
+                            continue
                         self.push(finished)
                     except NotFoundError:
                         if any(finished.pack == one.pack for one in self._finished()):
@@ -552,6 +574,10 @@ class Mirror:
                     self._log_copy.extend(self._log)
             with self._asking(UnavailableError):
                 self._log_copy.extend(self._log)
+            if damaged:
+                raise IntegrityError(
+                    "a pack is cut short or missing, and was not copied", object=damaged, place=damaged
+                )
             return len(waiting)
 
     def check_owner(self) -> None:
@@ -573,9 +599,12 @@ class Mirror:
         """
         file = self._disk.open(finished.pack)
         try:
-            size, digest = finished.size, blake3()
-            for part in _parts(file, finished.size):
+            size, digest, read = finished.size, blake3(), 0
+            for part in _parts(file, size):
                 digest.update(part)
+                read += len(part)
+            if read < size:
+                return  # Another process makes it again.
             receipt = Receipt(finished.pack, size, digest.hexdigest())
             if copies.receipt_of(self._cold, finished.pack) not in (None, receipt):
                 if self.holds(finished.pack):
@@ -614,7 +643,10 @@ class Mirror:
 
     def _learn_receipts(self) -> None:
         """Receipts that were added since the last look, by any process."""
-        with self._lock:
+        if self._receipts.size() == self._receipts_read:
+            return
+        # One that is being written may yet be taken back: whoever writes one holds the account.
+        with contextlib.nullcontext() if self._read_only else self._account, self._lock:
             for receipt, end in lines.read(self._receipts, self._receipts_read, Receipt):
                 self._receipts_read = end
                 if receipt is None:
@@ -823,6 +855,10 @@ class Mirror:
         """Free at least `size` bytes if that is possible; how many were freed."""
         freed = 0
         self._learn_pins()
+        if self._receipts_synced < self._receipts_read:
+            # Whoever wrote them may have died before they were durable.
+            self._receipts.sync()
+            self._receipts_synced = self._receipts_read
         with self._lock:
             lent: list[Extent] = []
             while freed < size:
@@ -866,39 +902,6 @@ class Mirror:
         return used
 
 
-class _Mover:
-    """A thread that works when it is nudged; what it meets is seen by whoever works in the foreground."""
-
-    def __init__(self, work: Callable[[], object]) -> None:
-        self._work, self._wanted, self.stopped = work, threading.Event(), False
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-
-    def nudge(self) -> None:
-        """Work soon, and once more if that was begun already."""
-        self._wanted.set()
-        with self._lock:
-            if self._thread is None and not self.stopped:
-                self._thread = threading.Thread(target=self._run, name="him mover", daemon=True)
-                self._thread.start()
-
-    def stop(self) -> None:
-        """End after the pack at hand."""
-        self.stopped = True
-        self._wanted.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            self._wanted.wait()
-            if self.stopped:
-                return
-            self._wanted.clear()
-            with contextlib.suppress(HimError):
-                self._work()
-
-
 class _PackFile:
     """A pack: what the cold tier holds is fetched as it is read, what grows is accounted for as it is written."""
 
@@ -937,44 +940,6 @@ class _PackFile:
                 return self._file.read_into(offset, buffer[:size])
             buffer[:size] = self._mirror.fetch(self._path, offset, size)
             return size
-
-
-def receipts(disk: Disk) -> list[Receipt]:
-    """What a cold tier is known to hold, in the order it was copied; a line that is not whole is passed over.
-
-    What is gone on this disk is still held until a line says that it is gone there too.
-    """
-    try:
-        file = disk.open(RECEIPTS)
-    except NotFoundError:
-        return []
-    try:
-        told = {receipt.pack: receipt for receipt, _ in lines.read(file, 0, Receipt) if receipt is not None}
-        return [receipt for receipt in told.values() if receipt.digest]
-    finally:
-        file.close()
-
-
-def receipt_lines(disk: Disk) -> Iterator[tuple[Receipt | None, int, bool]]:
-    """(receipt or None, where its line begins, whether the line has an end) of every line, in order: for fsck."""
-    try:
-        file = disk.open(RECEIPTS)
-    except NotFoundError:
-        return
-    try:
-        start = 0
-        for receipt, end in lines.read(file, 0, Receipt):
-            yield receipt, start, True
-            start = end
-        if start < file.size():
-            yield None, start, False
-    finally:
-        file.close()
-
-
-def keep_receipts(disk: Disk, known: Iterable[Receipt]) -> None:
-    """Take receipts over that were given to another repository, in place of all that are here."""
-    disk.write_whole(RECEIPTS, b"".join(map(lines.encode, known)))
 
 
 def _parts(file: File, size: int) -> Iterator[bytes]:

@@ -13,16 +13,56 @@ from him.errors import BusyError, HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack.check import check_pack
 from him.pack.file import read_record
+from him.pack.parity import SUFFIX as PARITY
 from him.ports import Clock, Disk, File
 from him.tier import lines
 from him.tier.care import Journal
 from him.tier.warm import WarmStore
-from him.types import BlobId, PackState
+from him.types import BlobId, PackFinished, PackState
 
 _STATE: Final = "care/scrubbed"
 _LOCK: Final = "care/scrub"
 Pace = Callable[[int], None]
 """Told how many bytes were read; may wait before it returns."""
+
+
+def put_right(store: WarmStore, finished: PackFinished) -> bool:
+    """Mend what is damaged of a finished pack, or parity file, that is wholly here; whether it is whole then.
+
+    A pack that is as long as it was counts as whole, whatever of it nothing mends: most of it can still be read.
+
+    Raises:
+        UnavailableError: what it is to be made of is in the cold tier, which does not answer.
+    """
+    name, parity = finished.pack, store.parity
+    if parity is not None and name.endswith(PARITY):
+        if parity.check_file(name) is None:
+            return True
+        with suppress(IntegrityError):
+            parity.mend_file(name)
+        return parity.check_file(name) is None
+    if not _sound(store, finished):
+        store.mend_now(name)
+    try:
+        file = store.disk.open(name)
+    except NotFoundError:
+        return False
+    try:
+        return file.size() >= finished.size
+    finally:
+        file.close()
+
+
+def _sound(store: WarmStore, finished: PackFinished) -> bool:
+    try:
+        file = store.disk.open(finished.pack)
+    except NotFoundError:
+        return False
+    try:
+        state = PackState(finished.pack, 0, (), finished)
+        return not any(check_pack(file, state, lambda _record, _place: None, store.repository_id))
+    finally:
+        file.close()
 
 
 class Scrubbed(msgspec.Struct, frozen=True):

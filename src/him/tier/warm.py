@@ -33,6 +33,7 @@ from him.errors import (
     HimError,
     IntegrityError,
     NotFoundError,
+    StorageError,
     UnavailableError,
     VersionError,
 )
@@ -424,6 +425,8 @@ class WarmStore:
         try:
             self._mirror.check_copy(name, pace)
         except IntegrityError as error:
+            if not self._mirror.holds(name):
+                return  # Another process has removed it meanwhile.
             yield error
             if mend:
                 parts = None if self.parity is None or not self.parity.protects(name) else self.parity.chunks(name)
@@ -618,24 +621,24 @@ class WarmStore:
             self._addresses_loaded = True
             # What could not be read today may be restored tomorrow: a segment would not know of it.
             self._addresses.reached(head, keep=not self._salvaged, above=ADDRESS_KEPT_ROWS if opening else None)
+            if self._addresses.damaged:
+                self.forget_addresses()
+                self.refresh()
 
     def mend(self, name: str) -> bool:
         """Put right what is here of a pack by parity or its cold copy; whether reading it again is worth while."""
-        with suppress(UnavailableError):
-            return self._mended_now(name)
+        with suppress(StorageError):
+            return self.mend_now(name)
         return False
 
-    def _mended_now(self, name: str) -> bool:
-        """`mend`. Raises UnavailableError when the cold tier, which may have it right, does not answer."""
+    def mend_now(self, name: str) -> bool:
+        """`mend`. Raises StorageError when the cold tier, which may have it right, does not answer, or the disk."""
         with suppress(HimError):  # What is lost beyond parity mends nothing.
             if self.parity is not None and self.parity.protects(name) and self.parity.mend(name):
                 return True
-        try:
+        with suppress(IntegrityError, NotFoundError):
             return self._mirror is not None and self._mirror.mend(name)
-        except UnavailableError:
-            raise
-        except HimError:
-            return False
+        return False
 
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
@@ -895,7 +898,7 @@ class WarmStore:
                     if self._just_removed(named.pack):
                         return layout.rows_of([])
                     # A list that is only away must not be taken for one that is lost.
-                    if not left or not self._mended_now(named.pack):
+                    if not left or not self.mend_now(named.pack):
                         if not salvage:
                             raise
                         break
