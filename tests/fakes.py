@@ -18,13 +18,15 @@ from him.adapters.sqlite import SqliteProjection
 from him.catalog.fsck import Fsck, FsckReport
 from him.catalog.history import History
 from him.catalog.log import FileLog
+from him.catalog.marker import MARKER, Marker
 from him.catalog.reader import SnapshotReader
-from him.config import EMBEDDING_DIMS
+from him.config import EMBEDDING_DIMS, REPOSITORY_FORMAT
 from him.errors import NotFoundError, UnavailableError
 from him.ingest import Ingest
 from him.pack.galois import product
 from him.ports import Disk
 from him.sim.disk import Faults as Faults
+from him.sim.disk import FileData
 from him.sim.disk import MemDisk as MemDisk
 from him.sim.disk import MemFile as MemFile
 from him.sim.disk import PowerLoss as PowerLoss
@@ -32,6 +34,7 @@ from him.tier.care import Journal
 from him.tier.mirror import Mirror
 from him.tier.protect import Parity, Shape
 from him.tier.scrub import put_right
+from him.tier.settings import TIER, TierSettings
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import blob_id
@@ -277,6 +280,18 @@ class MemObjects:
 REPOSITORY_ID = bytes(range(16))
 
 
+def _furnish(disk: Disk, *, tiered: bool) -> None:
+    """Put the files there that `app` keeps; a simulated disk does not count that as an operation."""
+    files = {MARKER: Marker(REPOSITORY_FORMAT, REPOSITORY_ID.hex(), 0).encoded()}
+    if tiered:
+        files[TIER] = TierSettings("test", 1).encoded()
+    for path, data in files.items():
+        if isinstance(disk, MemDisk):
+            disk.files.setdefault(path, FileData(data, named=True))
+        elif path not in disk.list(""):
+            disk.write_whole(path, data)
+
+
 class Stack:
     """The storage rooms put together over any Disk; projection and memo in memory."""
 
@@ -292,6 +307,7 @@ class Stack:
     ) -> None:
         self.disk = disk
         self.clock, self.rng = clock or FakeClock(), rng or FakeRng()
+        _furnish(disk, tiered=mirror is not None)
         self.log = FileLog(disk)
         self.projection = SqliteProjection(None)
         self.memo = DictMemo()

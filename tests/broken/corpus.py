@@ -570,7 +570,7 @@ RECIPES: dict[str, Recipe] = {
         tiered=True,
     ),
     "receipts: removed": Recipe(
-        delete("cold/receipts"), (RECORD._replace(object=".", fault=".", fix="rebuild.*cold tier"),), reads="few",
+        delete("cold/receipts"), (Finding("pack", ".", r"packs/.* @ \d+", ".", "rebuild.*cold tier"),), reads="few",
         notes=(Finding("tier", "receipts", "cold/receipts", "gone", "rebuild"),), remedy=rebuild, tiered=True,
     ),
     "account: bit flipped": Recipe(

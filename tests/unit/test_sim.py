@@ -83,7 +83,7 @@ def test_a_failure_is_cut_down() -> None:
         case, found = shrink(seed, ops, 3, ALL_FAULTS, report, tries=60)
     assert found.failure is not None
     assert found.failure.check == report.failure.check
-    assert len(case.ops) < 40
+    assert len(case.ops) < len(ops) // 2
     assert len(case.faults) < len(ALL_FAULTS)
 
 

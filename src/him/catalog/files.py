@@ -20,6 +20,7 @@ from him.errors import IntegrityError, NotFoundError, VersionError
 from him.ports import Disk
 from him.sealed import holds
 from him.tier.address import damaged_segments
+from him.tier.pins import PINS
 from him.tier.receipts import RECEIPTS, receipt_lines
 from him.tier.settings import TIER, tier_settings
 from him.types import Fault
@@ -164,10 +165,10 @@ def _receipts(disk: Disk) -> _Findings:
 
 
 def _pins(disk: Disk) -> _Findings:
-    data = _read(disk, "cold/pins", PINS_BYTES_MAX)
+    data = _read(disk, PINS, PINS_BYTES_MAX)
     if data and blake3(data[32:]).digest() != data[:32]:
         text = "what is pinned does not match its digest: nothing is"
-        yield Fault("cold/pins", "cold/pins", text, remedy.PINS, "tier"), True
+        yield Fault(PINS, PINS, text, remedy.PINS, "tier"), True
 
 
 def _account(disk: Disk) -> _Findings:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import threading
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from typing import Final
 
 from blake3 import blake3
@@ -49,6 +49,8 @@ class Leases:
         self._disk, self._read_only = disk, read_only
         self._lock = threading.RLock()
         self._held: Counter[int] = Counter()
+        self._over: deque[int] = deque()
+        """What was released and is still counted as held."""
         self._written = _NOTHING
         self._file: File | None = None
         self._path = ""
@@ -59,19 +61,25 @@ class Leases:
         What is read under one in name may be collected meanwhile: that is then said, and nothing wrong is read.
         """
         with self._lock:
+            self._settle()
             self._held[seq] += 1
             self._write()
             return Lease(self, seq)
 
     def released(self, seq: int) -> None:
-        """One that was taken at `seq` is over."""
-        with self._lock:
-            self._held[seq] -= 1
-            if not self._held[seq]:
-                del self._held[seq]
-            # Refused: then what was held stays held until the process ends. Nobody hears what a finalizer raises.
-            with contextlib.suppress(BaseException):
-                self._write()
+        """One that was taken at `seq` is over.
+
+        A finalizer runs in whatever thread, whatever that holds: so it never waits for one that is at work here.
+        """
+        self._over.append(seq)
+        if self._lock.acquire(blocking=False):
+            try:
+                # Refused: then what was held stays held until the process ends. Nobody hears what a finalizer raises.
+                with contextlib.suppress(BaseException):
+                    self._settle()
+                    self._write()
+            finally:
+                self._lock.release()
 
     def floors(self) -> dict[str, int]:
         """The lowest record each living process reads at, this one included; those that hold nothing are left out."""
@@ -95,7 +103,15 @@ class Leases:
                 self._file.close()
                 self._file, self._path = None, ""
             self._held.clear()
+            self._over.clear()
             self._read_only = True
+
+    def _settle(self) -> None:
+        while self._over:
+            seq = self._over.popleft()
+            self._held[seq] -= 1
+            if not self._held[seq]:
+                del self._held[seq]
 
     def _write(self) -> None:
         floor = min(self._held, default=_NOTHING)

@@ -13,7 +13,7 @@ from him.ports import Disk
 PinsByPack = dict[str, dict[int, int]]
 """Pack → extent → until when, in ns since 1970."""
 
-_PATH: Final = "cold/pins"
+PINS: Final = "cold/pins"
 _DIGEST: Final = 32
 _Rows = dict[str, list[tuple[int, int, int]]]
 """Pack → (first extent, last, until) of neighbours that are pinned alike."""
@@ -23,7 +23,7 @@ class Pins:
     """The file; every call only with the account's lock held. What a crash left half written pins nothing."""
 
     def __init__(self, disk: Disk, *, read_only: bool) -> None:
-        self._file = None if read_only else disk.open(_PATH, create=True)
+        self._file = None if read_only else disk.open(PINS, create=True)
         self._seen = b""
 
     def close(self) -> None:
