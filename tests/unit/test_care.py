@@ -26,8 +26,8 @@ from him.cli.session import Session
 from him.errors import BusyError, IntegrityError, UsageError
 from him.tier.care import Journal
 from him.tier.mirror import Mirror
-from him.tier.protect import Shape
-from him.tier.scrub import Scrubbed, Scrubber
+from him.tier.protect import OFF, Shape
+from him.tier.scrub import Scrubbed, Scrubber, put_right
 from him.types import StreamSpec, TileKey
 
 NOISE = StreamSpec("noise", tile_height=256, tile_width=256, dtype="uint8")
@@ -230,7 +230,10 @@ class Mirrored:
         self.mirror = Mirror(disk, self.cold, FakeClock(), 64 * MIB)
         self.stack = Stack(disk, mirror=self.mirror, rng=FakeRng(seed), parity=Shape(4, 2))
         packs, parity = self.stack.history.finished_packs, self.stack.parity.files
-        self.mirror.watch(lambda: [*packs(), *parity()], self.stack.log.published)
+        store = self.stack.store
+        self.mirror.watch(
+            lambda: [*packs(), *parity()], self.stack.log.published, lambda finished: put_right(store, finished)
+        )
         return self.stack
 
     def everything_is_right(self) -> None:
@@ -280,6 +283,42 @@ def test_a_scrub_of_the_copies_copies_again_what_the_cold_tier_lost_or_spoilt(mi
     assert "the cold tier does not give back what it was given" in told[spoilt]
     assert {name: mirrored.cold.objects[name] for name in good} == good
     mirrored.everything_is_right()
+
+
+def test_a_pack_is_mended_before_it_is_copied(tmp_path: Path) -> None:
+    made = Mirrored(tmp_path)
+    try:
+        made.stack.ingest.tiles("main", "noise", "f9", {(0, 0): noise(99)})
+        made.stack.history.finish_packs()
+        made.stack.store.protect(lambda _done, _total, _what: None)
+        new = next(one for one in made.stack.history.finished_packs() if not made.mirror.holds(one.pack))
+        sound = (tmp_path / new.pack).read_bytes()
+        spoil(tmp_path / new.pack, 5_000)
+        made.mirror.push_all()
+        assert made.cold.objects[new.pack] == sound == (tmp_path / new.pack).read_bytes()
+    finally:
+        made.stack.close()
+        made.mirror.close()
+
+
+def test_a_pack_that_is_cut_short_keeps_no_other_from_being_copied(tmp_path: Path) -> None:
+    made = Mirrored(tmp_path)
+    try:
+        made.stack.parity.shape = OFF
+        for number in (8, 9):
+            made.stack.ingest.tiles("main", "noise", f"f{number}", {(0, 0): noise(90 + number)})
+            made.stack.history.finish_packs()
+        cut, whole = (one for one in made.stack.history.finished_packs() if not made.mirror.holds(one.pack))
+        with (tmp_path / cut.pack).open("r+b") as file:
+            file.truncate(cut.size // 2)
+        with pytest.raises(IntegrityError, match="was not copied") as told:
+            made.mirror.push_all()
+        assert told.value.place == cut.pack
+        assert cut.pack not in made.cold.objects
+        assert len(made.cold.objects[whole.pack]) == whole.size
+    finally:
+        made.stack.close()
+        made.mirror.close()
 
 
 def test_a_scrub_fetches_nothing(mirrored: Mirrored) -> None:

@@ -1,5 +1,6 @@
 """Garbage collection, leases and retention, on real packs with a plain model beside."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -156,6 +157,31 @@ def test_a_lease_of_another_process_counts_and_one_of_a_dead_process_does_not() 
     held.release()
 
 
+def test_a_lease_is_given_back_without_waiting_for_who_is_at_work_there(stack: Stack) -> None:
+    """A finalizer runs in whatever thread, also in one that others wait for."""
+    leases = stack.history.leases
+    lease = leases.take(1)
+    held, release = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        with leases._lock:  # As whoever writes the file.
+            held.set()
+            release.wait()
+
+    worker = threading.Thread(target=busy)
+    worker.start()
+    held.wait()
+    giver = threading.Thread(target=lease.release, daemon=True)
+    giver.start()
+    giver.join(timeout=10)
+    waited = giver.is_alive()
+    release.set()
+    worker.join()
+    assert not waited
+    with leases.take(7):
+        assert list(leases.floors().values()) == [7]
+
+
 def test_a_batch_that_shares_what_is_condemned_under_it_stores_it_again(stack: Stack) -> None:
     put(stack, {0: noise(1), 1: noise(5)})
     put(stack, {0: noise(2)})
@@ -177,6 +203,29 @@ def test_a_batch_that_shares_what_is_condemned_under_it_stores_it_again(stack: S
         assert np.array_equal(got(reader, 0), noise(2))
         assert reader.fsck().ok
     other.close()
+
+
+def test_what_is_left_of_an_expired_tile_is_expired_and_a_late_hold_does_not_ask_for_it(stack: Stack) -> None:
+    """The base of a delta lies in a pack that goes, the delta in one that stays; then a hold is put on its snapshot."""
+    base = noise(1)
+    put(stack, {0: base})
+    stack.history.finish_packs()
+    changed = base.copy()
+    changed[7, 7] ^= 255
+    put(stack, {0: changed})
+    assert stack.store.made_of(next(entry.blob_id for _, _, entry in _cells(stack))), "stored as a delta"
+    stack.history.seal("main")
+    stack.clock.now += DAY_NS
+    put(stack, {x: noise(100 + x) for x in range(1, 9)})
+    stack.history.finish_packs()
+    stack.history.set_retention("noise", "", 60)
+    assert collect(stack, share=0.9).removed_packs == 1
+    stack.history.set_attribute("main", "hold", "case 17")
+    with pytest.raises(ExpiredError):
+        got(stack, 0)
+    collect(stack)
+    assert np.array_equal(got(stack, 1), noise(101))
+    assert stack.fsck().errors == ()
 
 
 def test_a_put_does_not_rely_on_a_delta_whose_base_is_gone(stack: Stack) -> None:

@@ -104,6 +104,39 @@ def test_leftovers_of_a_merge_and_segments_of_the_future_are_dropped(tiny_segmen
     assert not disk.list("cache/addresses")
 
 
+def test_a_segment_that_is_replaced_while_it_is_mapped_is_taken_whole_or_not_at_all(
+    tiny_segments: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process writes other rows under the same name between two looks at the file."""
+    own, others = MemDisk(), MemDisk()
+    learn(AddressIndex(own), 5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
+    learn(AddressIndex(others), 5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(100, 160)]))
+    view = own.view
+
+    def late(path: str, offset: int, size: int) -> memoryview:
+        own.write_whole(path, bytes(others.files[path].now))
+        return view(path, offset, size)
+
+    monkeypatch.setattr(own, "view", late)
+    again = AddressIndex(own)
+    again.load(5)
+    found = [again.find(blob(2 * n)) is not None for n in range(20)]
+    assert again.position == 0 or all(found)
+
+
+def test_damaged_rows_are_never_merged_into_a_segment_that_looks_sound(tiny_segments: None) -> None:
+    disk = MemDisk()
+    learn(AddressIndex(disk), 5, 0, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20)]))
+    (path,) = (name for name in disk.files if name.endswith(".seg"))
+    disk.files[path].now[130] ^= 1
+    again = AddressIndex(disk)
+    again.load(5)
+    learn(again, 6, 1, rows_of([(blob(2 * n), 64, 1, KIND_TILE, 0) for n in range(20, 60)]))
+    assert again.damaged
+    assert not again.sound()
+    assert all(again.find(blob(2 * n)) is not None for n in range(20, 60))
+
+
 @pytest.mark.parametrize("mode", ["refuse", "late"])
 def test_a_segment_never_claims_rows_of_a_tail_that_could_not_be_written(tiny_segments: None, mode: str) -> None:
     disk = MemDisk()
