@@ -228,6 +228,26 @@ def test_what_is_left_of_an_expired_tile_is_expired_and_a_late_hold_does_not_ask
     assert stack.fsck().errors == ()
 
 
+def test_no_delta_is_made_of_what_is_on_its_way_out(stack: Stack) -> None:
+    """A tile that retention has let go is replaced while only a condemned pack has it."""
+    base = noise(1)
+    put(stack, {0: base})
+    stack.history.finish_packs()
+    stack.history.seal("main")
+    stack.clock.now += DAY_NS
+    stack.history.set_retention("noise", "", 60)
+    changed = base.copy()
+    changed[7, 7] ^= 255
+    with stack.history.lease():
+        assert collect(stack).waiting_packs == 1
+        put(stack, {0: changed})
+    assert collect(stack).removed_packs == 1
+    assert np.array_equal(got(stack, 0), changed)
+    stack.store.forget_addresses()
+    assert np.array_equal(got(stack, 0), changed)
+    assert stack.fsck().errors == ()
+
+
 def test_a_put_does_not_rely_on_a_delta_whose_base_is_gone(stack: Stack) -> None:
     """The base lies in a pack that is removed, the delta in one that stays, and nothing refers to either."""
     base = noise(1)

@@ -456,9 +456,11 @@ class _Sender:
                 self._commit()
 
     def _readable(self, blob: BlobId, *, document: bool) -> bool:
-        """Whether the target can read a blob it has: what a delta or a list of chunks is made of may be gone."""
+        """Whether the target can read a blob it has: what a delta or a list of chunks is made of may be gone, or go."""
         if not document and not self._target.store.depth_of(blob):
             return True
+        if not self._target.store.keeps(blob):
+            return False
         try:
             self._target.store.payload(blob)
         except IntegrityError:

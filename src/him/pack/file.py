@@ -158,6 +158,12 @@ def read_footer(file: File, finished: PackFinished) -> layout.Rows:
     return layout.decode_rows(record.stored, place)
 
 
+def contiguous(ranges: Sequence[PackRange], end: int) -> bool:
+    """Whether the ranges fill a pack from its header to `end`."""
+    starts = [named.start for named in ranges] + [end]
+    return starts == [layout.FILE_HEADER_BYTES] + [named.end for named in ranges]
+
+
 def walk_rows(file: File, name: str, start: int, end: int) -> layout.Rows:
     """Rows of the records between two offsets that verify: for when what should list them is damaged."""
     return layout.rows_of(

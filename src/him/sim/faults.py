@@ -34,7 +34,7 @@ SPELLS: Final = (
     Fault("kill", 150, "locks die with the process, its tail is finished or cut, its orphans are collected"),
     Fault("power loss", 400, "a record is durable before it is published, and what it names before the record"),
     Fault("memo lost", 400, "results by content are computed again"),
-    Fault("rot", 200, "the file is a cache, a hint or a copy: the log, the packs or the cold tier have it too"),
+    Fault("rot", 200, "the file is a cache, a hint or a copy: the log, the packs, the cold tier or parity have it too"),
 )
 """Of workload calls: they begin there and last for some."""
 
@@ -61,4 +61,5 @@ ROTTING: Final = (
     "cold/account",
     "packs/",
 )
-"""Files that may rot on the live repository; a pack only where all of it has a verified copy in the cold tier."""
+"""Files that may rot on the live repository; a pack only where the cold tier holds all of it, or, nothing else being
+damaged, a whole group of parity."""

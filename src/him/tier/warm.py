@@ -38,7 +38,7 @@ from him.errors import (
     VersionError,
 )
 from him.pack import format as layout
-from him.pack.file import PackWriter, read_footer, read_index, read_record, walk_rows
+from him.pack.file import PackWriter, contiguous, read_footer, read_index, read_record, walk_rows
 from him.pack.format import Draft
 from him.ports import Disk, File, Progress, Projection, Rng
 from him.tier.address import AddressIndex, Location
@@ -292,7 +292,9 @@ class WarmStore:
             replaced: the tile whose place it takes; it is stored as a change of that where this is small.
         """
         if self.missing([tile.blob_id])[0]:
-            return Prepared(tile.blob_id, self._assembly.drafts(tile, origin, replaced))
+            # What retention has let go may be replaced, and be on its way out.
+            base = replaced if replaced is not None and self.keeps(replaced) else None
+            return Prepared(tile.blob_id, self._assembly.drafts(tile, origin, base))
         if self.keeps(tile.blob_id):
             return Prepared(tile.blob_id, [])
         # No delta: of two records the less deep one counts.
@@ -310,7 +312,9 @@ class WarmStore:
 
     def put_prepared(self, tiles: Sequence[Prepared]) -> int:
         """Append the tiles that are not there yet, their chunks first; how many were written."""
-        self._put([chunk for tile in tiles for chunk in tile.drafts[1:]])
+        chunks = [chunk for tile in tiles for chunk in tile.drafts[1:]]
+        self._put(chunks)
+        self._put([chunk for chunk in chunks if not self.keeps(chunk.blob_id)], again=True)
         again = self._put([tile.drafts[0] for tile in tiles if tile.anew], again=True)
         return again + self._put([tile.drafts[0] for tile in tiles if tile.drafts and not tile.anew])
 
@@ -566,7 +570,7 @@ class WarmStore:
                     self._files.pop(writer.name, None)
                     self._writer = None
                     return ()
-                if not _contiguous(ranges, writer.end):
+                if not contiguous(ranges, writer.end):
                     raise IntegrityError("the projection does not know every range of the pack", place=writer.name)
                 rows = np.concatenate([read_index(writer.file, named) for named in ranges])
                 finished = writer.finish(rows, [named.merkle_root for named in ranges])
@@ -992,9 +996,3 @@ class WarmStore:
                     self._journal.add("quarantined", name, 0, 1, why="the pack is missing")
                 self._learn_quarantined()
             raise IntegrityError("a pack is missing", place=name) from error
-
-
-def _contiguous(ranges: list[PackRange], end: int) -> bool:
-    """Whether the ranges fill a pack from its header to `end`."""
-    starts = [named.start for named in ranges] + [end]
-    return starts == [layout.FILE_HEADER_BYTES] + [named.end for named in ranges]
