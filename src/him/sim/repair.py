@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from him.catalog.files import examine
 from him.catalog.fsck import unopened
+from him.catalog.marker import MARKER, parsed
 from him.catalog.mend import mend
+from him.catalog.salvage import marker_bytes
 from him.errors import HimError, StorageError, VersionError
 from him.sim import checks
 from him.sim.clock import SimRng
@@ -81,11 +83,12 @@ def _damaged(aside: checks.Aside, rng: Random, *, sound: bool) -> Hit | None:
 
 
 def _opened(aside: checks.Aside, hit: Hit) -> Rooms | None:
-    """The copy, opened at once or once it was mended; None where neither can be, and the report says so."""
+    """The copy, mended and opened; None where that cannot be, which was told with a remedy before."""
     disk = MemDisk(volume=aside.volume)
     before = examine(disk)
     try:
-        return aside.opened("repair")
+        parsed(marker_bytes(disk), MARKER)
+        aside.opened("as it is").close()
     except HimError as error:
         _located(error, hit)
         told = unopened(disk, before, error).errors
@@ -93,7 +96,8 @@ def _opened(aside: checks.Aside, hit: Hit) -> Rooms | None:
             raise Violation("damage without place and remedy", f"{hit.where}: {_short(told)}") from None
     mend(disk, lambda _: SimObjects(aside.bucket, checks.Still()), SimRng("mend"))
     try:
-        return aside.opened("repair")
+        parsed(marker_bytes(disk), MARKER)
+        return aside.opened("mended")
     except HimError as error:
         _located(error, hit)
         return None
