@@ -137,8 +137,9 @@ class CareHandle:
         self._history.refresh()
         packs = self._projection.state().packs
         return Scrubber(
-            self._disk, self._store, self._journal, self._clock, packs, pace or _at_once, heal=heal, copies=copies
-        )
+            self._disk, self._store, self._journal, self._clock, packs, pace or _at_once, heal=heal, copies=copies,
+            removed=self._history.removed,
+        )  # fmt: skip
 
 
 class _Settings(msgspec.Struct, frozen=True):

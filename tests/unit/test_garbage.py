@@ -393,6 +393,19 @@ def test_what_is_too_old_expires_and_is_never_called_damage(tmp_path: Path) -> N
         assert repo.gc().expired == ()
 
 
+def test_what_expired_cannot_be_sealed_until_it_is_deleted(stack: Stack) -> None:
+    put(stack, {x: noise(x) for x in range(3)})
+    stack.history.set_retention("noise", "", 60)
+    stack.clock.now += DAY_NS
+    assert collect(stack).removed_packs == 1
+    stack.memo.items.clear()  # Else the levels are remembered.
+    with pytest.raises(ExpiredError, match="let go") as told:
+        stack.history.seal("main")
+    assert told.value.object == "noise L0 (0,0)"
+    stack.ingest.tiles("main", "noise", "", {(0, x): None for x in range(3)})
+    assert stack.history.seal("main").sealed
+
+
 def test_a_legal_hold_keeps_what_it_reaches(tmp_path: Path) -> None:
     clock = FakeClock()
     with aged(tmp_path / "memory", clock) as repo:

@@ -22,9 +22,18 @@ from him.catalog.checkpoint import Fold
 from him.catalog.group import Begun, Queue, Request
 from him.catalog.lease import Lease, Leases
 from him.catalog.log import parsed
-from him.catalog.retention import held, rules
+from him.catalog.retention import first_gone, held, rules
 from him.config import CHECKPOINT_RECORDS, STREAMS
-from him.errors import BusyError, ConflictError, HimError, IntegrityError, NotFoundError, SealedError, UsageError
+from him.errors import (
+    BusyError,
+    ConflictError,
+    ExpiredError,
+    HimError,
+    IntegrityError,
+    NotFoundError,
+    SealedError,
+    UsageError,
+)
 from him.pack.format import Rows, rows_of
 from him.ports import Clock, CommitLog, Memo, Projection, Rng
 from him.pyramid import directory, levels
@@ -280,12 +289,16 @@ class History:
         return request.outcome()
 
     def seal(self, name: str) -> Snapshot:
-        """End writing to a snapshot: its levels are computed, its Lamport time is set. Sealing twice is no change."""
+        """End writing to a snapshot: its levels are computed, its Lamport time is set. Sealing twice is no change.
+
+        Raises:
+            ExpiredError: retention has let go of tiles that the levels are computed from.
+        """
         with self.lease():
             self.prepare()
             found = self.snapshot(name)
             while not found.sealed:
-                root = levels.levels_root(self._store, self._memo, found.directory)
+                root = self._levels(found.directory)
                 self.append(partial(self._sealing, found, root))
                 found = self.snapshot(found.snapshot_id)
             return found
@@ -438,6 +451,18 @@ class History:
 
         self.append(build)
         return self.snapshot(branch)
+
+    def _levels(self, root: bytes) -> bytes:
+        try:
+            return levels.levels_root(self._store, self._memo, root)
+        except IntegrityError as error:
+            gone = first_gone(self._store, root)
+            if not gone:
+                raise
+            raise ExpiredError(
+                "a tile was let go by its stream's retention, and levels are computed from it", object=gone,
+                fix="delete it there, then seal; put it again in a newer snapshot",
+            ) from error  # fmt: skip
 
     def _sealing(self, expected: Snapshot, root: bytes) -> Sequence[Operation]:
         """The record that seals a snapshot with its levels; none if it is not as it was when they were computed."""

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from him.errors import IntegrityError, VersionError
+from him.pyramid import directory, update
 from him.tier.warm import WarmStore
-from him.types import BlobId, Operation, Snapshot, StreamSpec, TilesExpired, snapshot_bytes
+from him.types import BlobId, Operation, Snapshot, StreamSpec, TileKey, TilesExpired, snapshot_bytes
 
 HOLD: Final = "hold"
 """The attribute that keeps a snapshot, and all it reaches, whatever rules say; its value is the reason."""
@@ -66,6 +67,17 @@ def lacks(store: WarmStore, blob: BlobId) -> bool:
                 return True
             waiting += store.parts(store.read(blob))
     return False
+
+
+def first_gone(store: WarmStore, root: bytes) -> str:
+    """A tile of a directory that retention has let go and that is missing; empty without one. Raises IntegrityError."""
+    expiry = Expiry(store.expired)
+    for frame in directory.scan(store, root):
+        if frame.root and expiry.touches(frame.stream):
+            for row, column, entry in update.scan(store, frame.root, frame.root_height):
+                if expiry.covers_one(frame.stream, entry.origin) and lacks(store, entry.blob_id):
+                    return str(TileKey(frame.stream, frame.name, 0, row, column))
+    return ""
 
 
 def rules(declared: Iterable[StreamSpec], set_by_hand: Rules) -> dict[tuple[str, str], int]:

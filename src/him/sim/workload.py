@@ -811,7 +811,7 @@ KINDS: Final[dict[str, Work]] = {
     "delete": Work(25, delete, True, _NAMES),
     "drop_frame": Work(10, drop_frame, True, _NAMES),
     "slow_put": Work(15, slow_put, True, _NAMES),
-    "seal": Work(12, seal, True, _NAMES),
+    "seal": Work(12, seal, True, (*_NAMES, ExpiredError)),
     "branch": Work(8, branch, True, _NAMES),
     "tag": Work(6, tag, True, _NAMES),
     "delete_ref": Work(12, delete_ref, True, _NAMES),

@@ -91,13 +91,15 @@ class Scrubber:
         packs: what is to be there.
         pace: called after each record.
         heal: mend what is damaged; else it is only told.
+        removed: whether a pack that was condemned is removed by now.
         copies: also read what the cold tier holds, and copy it there again where it is damaged.
     """
 
     def __init__(
         self, disk: Disk, store: WarmStore, journal: Journal, clock: Clock, packs: Sequence[PackState], pace: Pace,
-        *, heal: bool = True, copies: bool = False,
+        *, heal: bool = True, copies: bool = False, removed: Callable[[str], bool] = lambda _: False,
     ) -> None:  # fmt: skip
+        self._removed = removed
         self._disk, self._store, self._journal, self._clock = disk, store, journal, clock
         self._packs = {pack.name: pack for pack in packs if not pack.removed}
         self._pace, self._heal, self._copies = pace, heal, copies
@@ -153,6 +155,8 @@ class Scrubber:
         if name not in self._packs:
             return self._parity_file(name)
         size, faults = self._pack(name)
+        if faults and self._packs[name].condemned and self._removed(name):
+            return Scrubbed(name, 0, (), ())
         left = faults
         if self._heal:
             if faults and self._store.mend(name):
@@ -188,7 +192,12 @@ class Scrubber:
         self, file: File, pack: PackState, here: NDArray[np.bool_], look: Callable[[layout.Record, str], None]
     ) -> Iterator[HimError]:
         """Faults of the records that are wholly here, of a pack that the cold tier holds."""
-        for row in self._store.rows(pack):
+        try:
+            rows = self._store.rows(pack)
+        except IntegrityError as error:
+            yield error
+            return
+        for row in rows:
             offset, size = int(row["offset"]), int(row["length"])
             if here[offset // EXTENT_BYTES : (offset + size - 1) // EXTENT_BYTES + 1].all():
                 try:
