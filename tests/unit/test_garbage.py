@@ -394,17 +394,15 @@ def test_what_is_too_old_expires_and_is_never_called_damage(tmp_path: Path) -> N
 
 
 def test_what_expired_cannot_be_sealed_until_it_is_deleted(stack: Stack) -> None:
-    stack.history.declare_stream(
-        StreamSpec("levelled", tile_height=64, tile_width=64, dtype="uint8", level_rule="mean")
-    )
-    put(stack, {x: noise(x) for x in range(3)}, stream="levelled")
-    stack.history.set_retention("levelled", "", 60)
+    stack.history.declare_stream(StreamSpec("grid", tile_height=64, tile_width=64, dtype="uint8", level_rule="mean"))
+    put(stack, {x: noise(x) for x in range(3)}, stream="grid")
+    stack.history.set_retention("grid", "", 60)
     stack.clock.now += DAY_NS
     assert collect(stack).removed_packs == 1
     with pytest.raises(ExpiredError, match="levels are computed from it") as told:
         stack.history.seal("main")
-    assert told.value.object == "levelled L0 (0,0)"
-    stack.ingest.tiles("main", "levelled", "", {(0, x): None for x in range(3)})
+    assert told.value.object == "grid L0 (0,0)"
+    stack.ingest.tiles("main", "grid", "", {(0, x): None for x in range(3)})
     assert stack.history.seal("main").sealed
 
 
