@@ -170,8 +170,7 @@ def _transferred(
 
 
 def _planned(source: History, target: History, names: Sequence[str] | None) -> _Plan:
-    refs = source.refs()
-    ours = {one.snapshot_id: one for one in source.snapshots()}
+    refs, ours = _of_one_moment(source)
     there = {one.snapshot_id: one for one in target.snapshots()}
     wanted: dict[str, tuple[str, str]] = {}
     left_open: list[str] = []
@@ -190,6 +189,15 @@ def _planned(source: History, target: History, names: Sequence[str] | None) -> _
             )
     lacking = _lacking(ours, there, [head for _, head in wanted.values()])
     return _Plan(wanted, tuple(left_open), lacking, {**there, **ours}, {**there})
+
+
+def _of_one_moment(source: History) -> tuple[Mapping[str, tuple[str, str]], dict[SnapshotId, Snapshot]]:
+    """Names and snapshots: others drop and name them meanwhile."""
+    while True:
+        refs = source.refs()
+        found = {one.snapshot_id: one for one in source.snapshots()}
+        if source.refs() == refs:
+            return refs, found
 
 
 def _lacking(
