@@ -15,8 +15,8 @@ from him.catalog.lease import Lease
 from him.catalog.reader import CRITICAL, SnapshotReader
 from him.config import BUDGET_MS, IMAGE_FILE_BYTES_MAX, PIN_MINUTES
 from him.errors import BusyError, LimitError, NotFoundError, UsageError
-from him.ingest import Ingest, IngestReport, MakeBeside, Progress
-from him.ports import Clock, Memo, PictureDecoder
+from him.ingest import Ingest, IngestReport, MakeBeside
+from him.ports import Clock, Memo, PictureDecoder, Progress
 from him.pyramid import diff, directory, levels
 from him.query import Answer
 from him.tier.mirror import Mirror, TierStatus

@@ -20,7 +20,7 @@ from him.config import ARRAY_PART_BYTES, FRAME_CELLS_MAX, ROWS_PER_APPEND_MAX, S
 from him.errors import ConflictError, LimitError, NotFoundError, UsageError
 from him.index import row_texts
 from him.perception import pins, see
-from him.ports import ArraySource, Clock, Memo, TextEncoder, TextReader
+from him.ports import ArraySource, Clock, Memo, Progress, TextEncoder, TextReader
 from him.pyramid import directory, update
 from him.pyramid.update import Cell
 from him.tier.assembly import Prepared
@@ -43,8 +43,6 @@ from him.types import (
 )
 
 Array = NDArray[np.generic]
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what)."""
 
 
 _EMBED_KIND: Final = "embed"

@@ -2,7 +2,7 @@
 
 import unicodedata
 from typing import Final, NamedTuple, NewType
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import msgspec
 
@@ -79,16 +79,6 @@ def stream_frame_text(stream: str, frame: str) -> str:
     """The wire form `stream:frame`, percent-encoded; the plain stream name for the frame ""."""
     head = quote(stream, safe="")
     return f"{head}:{quote(frame, safe='')}" if frame else head
-
-
-def parse_stream_frame(text: str) -> tuple[str, str]:
-    """Inverse of `stream_frame_text`.
-
-    Raises:
-        UsageError: a name that may not be.
-    """
-    stream, _, frame = text.partition(":")
-    return checked_name(unquote(stream), what="stream"), checked_name(unquote(frame), what="frame")
 
 
 class Box(NamedTuple):

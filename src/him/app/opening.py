@@ -40,8 +40,7 @@ from him.errors import (
     NotFoundError,
     UsageError,
 )
-from him.ingest import Progress
-from him.ports import Clock, Disk, ObjectStore, Rng, TextEncoder, TextReader, silent
+from him.ports import Clock, Disk, ObjectStore, Progress, Rng, TextEncoder, TextReader, silent
 from him.tier.care import Journal
 from him.tier.mirror import Mirror
 from him.tier.settings import TIER, TierSettings, tier_settings

@@ -56,10 +56,10 @@ from him.errors import (
     UsageError,
 )
 from him.handle import Parts, SnapshotHandle, TierHandle, read_limited
-from him.ingest import Ingest, IngestReport, Progress
+from him.ingest import Ingest, IngestReport
 from him.pack.galois import product
 from him.perception import parse_tree
-from him.ports import Clock, Disk, ObjectStore, Recorder, Rng, TextEncoder, TextReader, silent
+from him.ports import Clock, Disk, ObjectStore, Progress, Recorder, Rng, TextEncoder, TextReader, silent
 from him.query import Answer, QuerySource, answer, plan
 from him.query.calibrate import shipped
 from him.query.snapshot import RowCache, SnapshotSource

@@ -3,7 +3,7 @@
 Every fault is named with the object, its place, and the remedy for faults of its kind (`catalog.remedy`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Final, cast
 
@@ -22,7 +22,7 @@ from him.errors import HimError, IntegrityError, NotFoundError, StorageError, Ve
 from him.pack import format as layout
 from him.pack.check import check_pack
 from him.pack.relist import Repaired, Repairs, repairs
-from him.ports import Disk, File, Projection
+from him.ports import Disk, File, Progress, Projection, silent
 from him.pyramid import directory, update
 from him.tier.warm import PACK_FOLDER, WarmStore
 from him.tile import codec
@@ -30,7 +30,6 @@ from him.tile.address import KIND_FOOTER, KIND_INDEX, KIND_NAMES, KIND_TILE, blo
 from him.tile.chunks import CHUNKS
 from him.types import BlobId, Fault, Frame, LiveState, PackRange, PackState, Snapshot, TileKey
 
-Progress = Callable[[int, int, str], None]
 _ADDRESSES: Final = "cache/addresses"
 
 
@@ -98,7 +97,7 @@ class Fsck:
         self._history = history
         self._projection = projection
         self._store = store
-        self._progress = progress or _silent
+        self._progress = progress or silent
         self._rebuild = rebuild
         self._format = format
         self._faults = {(fault.object, fault.place): fault for fault in known}
@@ -500,7 +499,3 @@ def unopened(disk: Disk, before: Examined, error: HimError) -> FsckReport:
     known = {fault.place for fault in before.faults}
     faults = (*before.faults, *(fault for fault in found.faults if fault.place not in known))
     return FsckReport(faults, 0, 0, 0, found.packs, found.size_bytes, (*before.notes, *found.notes))
-
-
-def _silent(_done: int, _total: int, _what: str) -> None:
-    """No progress is shown."""

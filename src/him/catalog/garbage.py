@@ -20,7 +20,7 @@ from him.config import COLLECT_COPY_BYTES
 from him.errors import ConflictError, IntegrityError, NotFoundError, UnavailableError
 from him.pack import format as layout
 from him.pack.parity import SUFFIX as PARITY
-from him.ports import Clock, Projection
+from him.ports import Clock, Progress, Projection, silent
 from him.pyramid import directory, levels, page
 from him.tier.warm import PACK_FOLDER, WarmStore
 from him.tile.address import KIND_COMPANION, prefixes
@@ -36,7 +36,6 @@ from him.types import (
     TilesExpired,
 )
 
-Progress = Callable[[int, int, str], None]
 Roots = Callable[[], Iterable[bytes]]
 """Directories that are read without any snapshot naming them: those of traces."""
 
@@ -187,7 +186,7 @@ class Collector:
     ) -> None:  # fmt: skip
         self._history, self._projection, self._store, self._clock = history, projection, store, clock
         self._roots = roots
-        self._progress = progress or _silent
+        self._progress = progress or silent
 
     def run(self, choice: Choice, *, dry_run: bool = False) -> Collected:
         """Mark, copy, condemn, remove. What was done until an error stays done; run again, it goes on.
@@ -431,7 +430,3 @@ def _sizes(rows: layout.Rows) -> NDArray[np.int64]:
 
 def _state(live: LiveState, name: str) -> PackState:
     return next(pack for pack in live.packs if pack.name == name)
-
-
-def _silent(_done: int, _total: int, _what: str) -> None:
-    """No progress is shown."""

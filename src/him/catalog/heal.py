@@ -63,7 +63,7 @@ class Healer:
         before = set(self._journal.healed())
         for number, one in enumerate(self._scrubber.run()):
             self._progress(number, 0, one.name)
-            wrong.update(_keyed(map(fault_from, one.faults)))
+            wrong.update(_keyed(map(_fault_from, one.faults)))
         self._store.protect(self._progress)
         found = self._check(rebuild=False, progress=self._progress)
         wrong.update(_keyed(found.errors))
@@ -91,6 +91,6 @@ def _of_event(event: Event) -> Fault:
     return Fault(event.pack, f"{event.pack} @ {event.offset}", f"{event.size} bytes were damaged", "", "pack")
 
 
-def fault_from(error: HimError) -> Fault:
+def _fault_from(error: HimError) -> Fault:
     """An error as a fault, with the error's own remedy."""
     return Fault(error.object or "repository", error.place, error.message, error.fix)

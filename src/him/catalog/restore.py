@@ -5,7 +5,7 @@ given it by a record of the restored repository's own: so no pack of a name that
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -14,13 +14,11 @@ from him.catalog.checkpoint import Fold
 from him.catalog.log import END_PATH, LOG_PATH, FileLog, cut_short, parsed, records_in
 from him.config import COLD_FLIGHT_MAX, COLD_PART_BYTES
 from him.errors import HimError, IntegrityError, NotFoundError
-from him.ports import Clock, Disk, File, ObjectStore
+from him.ports import Clock, Disk, File, ObjectStore, Progress
 from him.tier import cold as copies
 from him.tier.cold import Piece, Receipt
 from him.tier.receipts import keep_receipts
 from him.types import CommitRecord, LiveState, PackFinished, PackRange, PackRemoved
-
-Progress = Callable[[int, int, str], None]
 
 
 class Restored(msgspec.Struct, frozen=True):

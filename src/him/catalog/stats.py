@@ -1,6 +1,6 @@
 """What a repository holds and what it saves: bytes by stream and tier, sharing, compression and deltas."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import msgspec
@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from him.catalog.history import History
 from him.config import EXTENT_BYTES
 from him.pack import format as layout
-from him.ports import Projection
+from him.ports import Progress, Projection
 from him.pyramid import directory, page, update
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import KIND_NAMES, KIND_TILE, prefixes
 from him.types import Frame, PackState
 
-Progress = Callable[[int, int, str], None]
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 

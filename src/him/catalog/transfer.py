@@ -26,6 +26,7 @@ from him.config import (
 )
 from him.errors import BusyError, ConflictError, IntegrityError, NotFoundError
 from him.pack.format import RECORD_HEADER_BYTES, Draft
+from him.ports import Progress
 from him.pyramid import directory
 from him.pyramid.page import Page, load
 from him.tier.warm import WarmStore
@@ -47,7 +48,6 @@ from him.types import (
     snapshot_bytes,
 )
 
-Progress = Callable[[int, int, str], None]
 Refs = Mapping[str, tuple[str, str]]
 """Name → (kind, snapshot id)."""
 Twin = tuple[bytes, int]

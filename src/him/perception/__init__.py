@@ -16,11 +16,11 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from him.perception.ocr import Counts, Progress, checked, read
+from him.perception.ocr import Counts, checked, read
 from him.perception.scene import build
 from him.perception.tree import parse_tree
 from him.perception.widgets import find
-from him.ports import Memo, TextReader
+from him.ports import Memo, Progress, TextReader
 from him.types import Scene, TreeNode
 
 

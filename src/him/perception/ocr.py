@@ -5,7 +5,7 @@ the detection of the tiles whose pixels or halo changed, and the recognition of 
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
 import msgspec
@@ -16,11 +16,8 @@ from numpy.typing import NDArray
 from him.config import OCR_HALO_PX, SCREEN_TILE_PX
 from him.errors import UsageError
 from him.perception.lines import Piece, cut_at_gaps, cut_at_separators, piece, stitched, tight
-from him.ports import Memo, TextReader
+from him.ports import Memo, Progress, TextReader
 from him.types import Box, TextLine, WidgetBox
-
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what) while a picture is read."""
 
 DETECT_KIND: Final = "ocr.detect"
 RECOGNISE_KIND: Final = "ocr.recognise"

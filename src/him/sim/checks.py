@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from him.catalog.restore import restore
 from him.errors import ExpiredError, HimError, IntegrityError, NotFoundError, StorageError
 from him.pack.galois import product
+from him.ports import silent
 from him.sim.clock import SimClock, SimRng
 from him.sim.disk import BLOCK_BYTES, MemDisk, Volume
 from him.sim.ledger import END, LOG
@@ -283,7 +284,7 @@ def restored(process: "Process", rng: Random) -> None:
     try:
         disk = MemDisk(process.gate, volume)
         try:
-            found = restore(disk, process.objects(), process.clock(), "restore", _silent)
+            found = restore(disk, process.objects(), process.clock(), "restore", silent)
         except NotFoundError:
             if floor:
                 raise Violation("nothing can be restored", f"up to record {floor} was pushed") from None
@@ -310,10 +311,6 @@ def restored(process: "Process", rng: Random) -> None:
     finally:
         if alone:
             process.gate.quiet -= 1
-
-
-def _silent(_done: int, _total: int, _what: str) -> None:
-    """No progress is shown."""
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from him.adapters.sqlite import SqliteProjection
 from him.care import CareHandle
 from him.catalog import spare
-from him.catalog.fsck import Fsck, FsckReport, Progress
+from him.catalog.fsck import Fsck, FsckReport
 from him.catalog.garbage import Choice, Collected, Collector
 from him.catalog.history import History
 from him.catalog.log import FileLog
@@ -21,7 +21,7 @@ from him.config import EMBEDDING_DIMS, REPOSITORY_FORMAT
 from him.errors import HimError
 from him.ingest import Ingest
 from him.pack.galois import product
-from him.ports import Clock, Disk, ObjectStore, Rng
+from him.ports import Clock, Disk, ObjectStore, Progress, Rng
 from him.sim.disk import FileData, Volume
 from him.tier.care import Journal
 from him.tier.cold import Claim

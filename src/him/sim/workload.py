@@ -26,6 +26,7 @@ from him.errors import (
     StorageError,
     UnavailableError,
 )
+from him.ports import silent
 from him.pyramid import diff as cells_diff
 from him.pyramid import directory
 from him.sim import checks
@@ -674,10 +675,6 @@ def scrub(process: Process, rooms: Rooms, rng: Random) -> None:
 def heal(process: Process, rooms: Rooms, rng: Random) -> None:
     """Mend all that can be mended."""
     rooms.care().heal()
-
-
-def silent(_done: int, _total: int, _what: str) -> None:
-    """No progress is shown."""
 
 
 def reopen(process: Process, rooms: Rooms, rng: Random) -> None:

@@ -226,14 +226,6 @@ class Parity:
             self.groups(again=True)
             return Made(made, removed, mended, written, tuple(unsound.values()))
 
-    def forget(self, going: Iterable[str]) -> None:
-        """Remove the groups of packs that are to be removed: what else they hold is protected by others already."""
-        gone = set(going)
-        with self._alone():
-            for held in self.groups(again=True):
-                if any(member.name in gone for member in held.group.members):
-                    self._remove(held)
-
     def _mended(self, name: str) -> bool:
         with contextlib.suppress(HimError):
             return self.mend(name)
