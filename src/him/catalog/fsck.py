@@ -160,6 +160,10 @@ class Fsck:
         with suppress(HimError):
             self._store.refresh()  # Which puts right what it finds in caches.
         found = examine(self._disk)
+        if found.faults:
+            # What another process is just writing is whole when it is looked at again.
+            again = examine(self._disk)
+            found = again._replace(faults=[fault for fault in found.faults if fault in again.faults])
         self._faults |= {(fault.object, fault.place): fault for fault in found.faults}
         self._notes |= {(fault.object, fault.place): fault for fault in found.notes}
 
