@@ -42,6 +42,13 @@ def noise(seed: int) -> Tile:
     return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE), dtype=np.uint8)
 
 
+def little_changed(tile: Tile) -> Tile:
+    """So little that it is stored as a delta of what it replaces."""
+    changed = tile.copy()
+    changed[7, 7] ^= 255
+    return changed
+
+
 def document(seed: int) -> bytes:
     """Long enough to be kept in chunks, and sharing most of them with those of the same tens."""
     body = bytearray(np.random.default_rng(seed // 10).integers(0, 256, 200_000, dtype=np.uint8).tobytes())
@@ -207,11 +214,9 @@ def test_a_batch_that_shares_what_is_condemned_under_it_stores_it_again(stack: S
 
 def test_what_is_left_of_an_expired_tile_is_expired_and_a_late_hold_does_not_ask_for_it(stack: Stack) -> None:
     """The base of a delta lies in a pack that goes, the delta in one that stays; then a hold is put on its snapshot."""
-    base = noise(1)
-    put(stack, {0: base})
+    put(stack, {0: noise(1)})
     stack.history.finish_packs()
-    changed = base.copy()
-    changed[7, 7] ^= 255
+    changed = little_changed(noise(1))
     put(stack, {0: changed})
     assert stack.store.made_of(next(entry.blob_id for _, _, entry in _cells(stack))), "stored as a delta"
     stack.history.seal("main")
@@ -230,14 +235,12 @@ def test_what_is_left_of_an_expired_tile_is_expired_and_a_late_hold_does_not_ask
 
 def test_no_delta_is_made_of_what_is_on_its_way_out(stack: Stack) -> None:
     """A tile that retention has let go is replaced while only a condemned pack has it."""
-    base = noise(1)
-    put(stack, {0: base})
+    put(stack, {0: noise(1)})
     stack.history.finish_packs()
     stack.history.seal("main")
     stack.clock.now += DAY_NS
     stack.history.set_retention("noise", "", 60)
-    changed = base.copy()
-    changed[7, 7] ^= 255
+    changed = little_changed(noise(1))
     with stack.history.lease():
         assert collect(stack).waiting_packs == 1
         put(stack, {0: changed})
@@ -250,11 +253,9 @@ def test_no_delta_is_made_of_what_is_on_its_way_out(stack: Stack) -> None:
 
 def test_a_put_does_not_rely_on_a_delta_whose_base_is_gone(stack: Stack) -> None:
     """The base lies in a pack that is removed, the delta in one that stays, and nothing refers to either."""
-    base = noise(1)
-    put(stack, {0: base})
+    put(stack, {0: noise(1)})
     stack.history.finish_packs()
-    changed = base.copy()
-    changed[7, 7] ^= 255
+    changed = little_changed(noise(1))
     put(stack, {0: changed, **{x: noise(100 + x) for x in range(1, 9)}})
     stack.history.finish_packs()
     name = next(e.blob_id for _, _, e in _cells(stack))

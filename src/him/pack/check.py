@@ -5,11 +5,11 @@ from collections.abc import Callable, Generator, Iterator
 import msgspec
 import numpy as np
 
-from him.errors import HimError, IntegrityError
+from him.errors import HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
 from him.pack import merkle
 from him.pack.file import read_index, read_record, walk
-from him.ports import File
+from him.ports import Disk, File
 from him.tile.address import KIND_FOOTER, KIND_INDEX
 from him.types import PackFinished, PackRange, PackState
 
@@ -38,6 +38,19 @@ def check_pack(file: File, pack: PackState, look: Look, repository_id: bytes | N
         yield from _growing(file, pack, look) if pack.finished is None else _finished(file, pack.finished, look)
     except HimError as error:
         yield error
+
+
+def first_fault(disk: Disk, finished: PackFinished, repository_id: bytes) -> HimError | None:
+    """What is wrong with a finished pack, its first fault alone; None with a sound one. `check_pack` tells all."""
+    try:
+        file = disk.open(finished.pack)
+    except NotFoundError:
+        return IntegrityError("a pack is missing", object=finished.pack, place=finished.pack)
+    try:
+        state = PackState(finished.pack, 0, (), finished)
+        return next(check_pack(file, state, lambda _record, _place: None, repository_id), None)
+    finally:
+        file.close()
 
 
 def _growing(file: File, pack: PackState, look: Look) -> Iterator[HimError]:

@@ -113,6 +113,11 @@ def located(error: HimError) -> bool:
     return isinstance(error, IntegrityError) and bool(error.place or error.object)
 
 
+def explained(error: HimError) -> bool:
+    """Damage that says where it is, or what a disk or store refused for it."""
+    return located(error) or isinstance(error, StorageError)
+
+
 # -- rot
 
 
@@ -227,7 +232,7 @@ def damaged(world: "World", site: "Site", rng: Random) -> None:
         _judge(error, located, where)
         return
     try:
-        compare(rooms, aside.model, rng, lambda error: located(error) or isinstance(error, StorageError), where=where)
+        compare(rooms, aside.model, rng, explained, where=where)
         if rng.random() < 0.3:
             rooms.fsck()
     except HimError as error:

@@ -9,7 +9,7 @@ from him.catalog.fsck import unopened
 from him.catalog.marker import MARKER, parsed
 from him.catalog.mend import mend
 from him.catalog.salvage import marker_bytes
-from him.errors import HimError, StorageError, VersionError
+from him.errors import HimError, VersionError
 from him.sim import checks
 from him.sim.clock import SimRng
 from him.sim.disk import MemDisk
@@ -109,7 +109,7 @@ def _healed(rooms: Rooms, aside: checks.Aside, hit: Hit, rng: Random) -> None:
     left = [fault for fault in report.left if fault.place != PINS]  # Nothing else tells these.
     if hit.curable and left:
         raise Violation("what others make again was not healed", f"{hit.where}: {_short(left)}")
-    tolerated = _explained if left else checks.never
+    tolerated = checks.explained if left else checks.never
     checks.compare(rooms, aside.model, rng, tolerated, where=f"{hit.where}, healed")
     told = rooms.fsck().errors
     if {(fault.object, fault.place) for fault in told} != {(fault.object, fault.place) for fault in report.left}:
@@ -119,10 +119,6 @@ def _healed(rooms: Rooms, aside: checks.Aside, hit: Hit, rng: Random) -> None:
 
 def _short(faults: Sequence[Fault]) -> list[str]:
     return [f"{fault.object}: {fault.place}: {fault.fault}" for fault in faults[:4]]
-
-
-def _explained(error: HimError) -> bool:
-    return checks.located(error) or isinstance(error, StorageError)
 
 
 def _located(error: HimError, hit: Hit) -> None:

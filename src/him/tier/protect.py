@@ -10,12 +10,12 @@ import msgspec
 from him.config import PARITY_CHUNK_BYTES, PARITY_DATA, PARITY_EXTRA, PARITY_FILES_MAX
 from him.errors import BusyError, HimError, IntegrityError, NotFoundError, UsageError
 from him.pack import parity as code
-from him.pack.check import check_pack
+from him.pack.check import first_fault
 from him.pack.galois import Bytes
 from him.pack.parity import Group, Member, ParityFile
 from him.ports import Disk, ErasureCode, Progress
 from him.tier.care import Journal
-from him.types import PackFinished, PackState
+from him.types import PackFinished
 
 FOLDER: Final = "packs"
 _LOCK: Final = "care/lock"
@@ -291,17 +291,9 @@ class Parity:
             file.close()
 
     def _check(self, pack: PackFinished) -> None:
-        try:
-            file = self._disk.open(pack.pack)
-        except NotFoundError as error:  # Another process may have removed it meanwhile.
-            missing = IntegrityError("a pack is missing", object=pack.pack, place=pack.pack)
-            raise _UnsoundError(pack.pack, missing) from error
-        try:
-            state = PackState(pack.pack, 0, (), pack)
-            for error in check_pack(file, state, lambda _record, _place: None, self._repository_id):
-                raise _UnsoundError(pack.pack, error)
-        finally:
-            file.close()
+        error = first_fault(self._disk, pack, self._repository_id)
+        if error is not None:
+            raise _UnsoundError(pack.pack, error)
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
         """A chunk while a group is made. Raises _UnsoundError when it is not there."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from him.config import EXTENT_BYTES
 from him.errors import BusyError, HimError, IntegrityError, NotFoundError
 from him.pack import format as layout
-from him.pack.check import check_pack
+from him.pack.check import check_pack, first_fault
 from him.pack.file import read_record
 from him.pack.parity import SUFFIX as PARITY
 from him.ports import Clock, Disk, File
@@ -41,7 +41,7 @@ def put_right(store: WarmStore, finished: PackFinished) -> bool:
         with suppress(IntegrityError):
             parity.mend_file(name)
         return parity.check_file(name) is None
-    if not _sound(store, finished):
+    if first_fault(store.disk, finished, store.repository_id) is not None:
         store.mend_now(name)
     try:
         file = store.disk.open(name)
@@ -49,18 +49,6 @@ def put_right(store: WarmStore, finished: PackFinished) -> bool:
         return False
     try:
         return file.size() >= finished.size
-    finally:
-        file.close()
-
-
-def _sound(store: WarmStore, finished: PackFinished) -> bool:
-    try:
-        file = store.disk.open(finished.pack)
-    except NotFoundError:
-        return False
-    try:
-        state = PackState(finished.pack, 0, (), finished)
-        return not any(check_pack(file, state, lambda _record, _place: None, store.repository_id))
     finally:
         file.close()
 

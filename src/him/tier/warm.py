@@ -313,8 +313,10 @@ class WarmStore:
     def put_prepared(self, tiles: Sequence[Prepared]) -> int:
         """Append the tiles that are not there yet, their chunks first; how many were written."""
         chunks = [chunk for tile in tiles for chunk in tile.drafts[1:]]
+        absent = self.missing([chunk.blob_id for chunk in chunks])
         self._put(chunks)
-        self._put([chunk for chunk in chunks if not self.keeps(chunk.blob_id)], again=True)
+        shared = [chunk for chunk, new in zip(chunks, absent, strict=True) if not new]
+        self._put([chunk for chunk in shared if not self.keeps(chunk.blob_id)], again=True)
         again = self._put([tile.drafts[0] for tile in tiles if tile.anew], again=True)
         return again + self._put([tile.drafts[0] for tile in tiles if tile.drafts and not tile.anew])
 
