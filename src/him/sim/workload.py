@@ -51,7 +51,6 @@ from him.sim.repair import repaired
 from him.sim.rooms import Rooms
 from him.sim.world import Kept, Op, Process
 from him.tier import cold
-from him.tier.pins import PINS
 from him.types import (
     AttributeSet,
     Frame,
@@ -645,10 +644,8 @@ def fsck(process: Process, rooms: Rooms, rng: Random) -> None:
     """Check everything."""
     report = rooms.fsck()
     site = process.site
-    # Pins are written in place: a crash then costs them, and is told.
-    wrong = [fault for fault in report.errors if fault.place != PINS]
-    if wrong and not site.rotted and not process.gate.injected:
-        raise Violation("fsck names a fault where there is none", str(wrong[:3]))
+    if not report.ok and not site.rotted and not process.gate.injected:
+        raise Violation("fsck names a fault where there is none", str(report.errors[:3]))
     if report.ok:
         site.rotted -= {path for path in site.rotted if path.startswith("packs/")}
 

@@ -234,7 +234,6 @@ class Mirror:
                     self._disk.write_whole(_HOTNESS, self._policy.dump())
             for file in (*self._files.values(), self._account, self._receipts):
                 file.close()
-            self._pins.close()
             self._files = {}
 
     # -- fetching

@@ -7,7 +7,7 @@ import msgspec
 from blake3 import blake3
 
 from him.config import PINS_BYTES_MAX
-from him.errors import LimitError
+from him.errors import LimitError, NotFoundError
 from him.ports import Disk
 
 PinsByPack = dict[str, dict[int, int]]
@@ -20,20 +20,16 @@ _Rows = dict[str, list[tuple[int, int, int]]]
 
 
 class Pins:
-    """The file; every call only with the account's lock held. What a crash left half written pins nothing."""
+    """The file; every call only with the account's lock held. It is replaced whole: a crash leaves old or new."""
 
     def __init__(self, disk: Disk, *, read_only: bool) -> None:
-        self._file = None if read_only else disk.open(PINS, create=True)
+        self._disk = disk
+        self._read_only = read_only
         self._seen = b""
-
-    def close(self) -> None:
-        """Release the file."""
-        if self._file is not None:
-            self._file.close()
 
     def news(self) -> PinsByPack | None:
         """All pins, when they are others than at the last look; else None."""
-        data = b"" if self._file is None else self._file.read_at(0, min(self._file.size(), PINS_BYTES_MAX))
+        data = b"" if self._read_only else self._read()
         if data == self._seen:
             return None
         self._seen = data
@@ -45,9 +41,10 @@ class Pins:
         Raises:
             LimitError: more pins than are kept.
         """
-        if self._file is None:
+        if self._read_only:
             return
-        pins = _parsed(self._file.read_at(0, min(self._file.size(), PINS_BYTES_MAX)))
+        before = self._read()
+        pins = _parsed(before)
         for pack, extents in changes.items():
             known = pins.setdefault(pack, {})
             for extent, until in extents.items():
@@ -55,8 +52,19 @@ class Pins:
         body = msgspec.msgpack.encode(_rows(pins, now_ns))
         if _DIGEST + len(body) > PINS_BYTES_MAX:
             raise LimitError("more extents are pinned than can be", fix="unpin something, or pin whole frames")
-        self._file.write_at(0, blake3(body).digest() + body)
-        self._file.truncate(_DIGEST + len(body))
+        data = blake3(body).digest() + body
+        if data != before:  # Neighbours that are read one by one share an extent.
+            self._disk.write_whole(PINS, data)
+
+    def _read(self) -> bytes:
+        try:
+            file = self._disk.open(PINS)
+        except NotFoundError:
+            return b""
+        try:
+            return file.read_at(0, min(file.size(), PINS_BYTES_MAX))
+        finally:
+            file.close()
 
 
 def _rows(pins: PinsByPack, now_ns: int) -> _Rows:
