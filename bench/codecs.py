@@ -306,7 +306,7 @@ def _shipped(quantise: str) -> Callable[[Floats], Floats]:
 
     def there_and_back(tile: Floats) -> Floats:
         made = codec.encode_array(tile, quantise=quantise)
-        found = codec.decode(made.header, made.codec, made.stored, expect=made.blob_id)
+        found = codec.decode(made.header, made.codec, made.stored, expect=made.ref)
         return np.asarray(found, dtype=np.float32)
 
     return there_and_back

@@ -182,7 +182,7 @@ def _extents(repo: him.Repository, cells: Sequence[Cell]) -> dict[str, set[int]]
     """Which extents of which packs hold the tiles' records."""
     found: dict[str, set[int]] = {}
     reader = repo.snapshot("main").reader
-    blobs = [reader.present(TileKey("noise", "", 0, y, x)).blob_id for y, x in cells]
+    blobs = [reader.present(TileKey("noise", "", 0, y, x)).ref for y, x in cells]
     for path, offset, size in repo._store.places(blobs):  # pyright: ignore[reportPrivateUsage]
         found.setdefault(path, set()).update(range(offset // EXTENT_BYTES, -(-(offset + size) // EXTENT_BYTES)))
     return found

@@ -159,7 +159,7 @@ def _resolver(repo: Repository) -> Callable[[TileKey], tuple[str, Location]]:
     reader.frame("tiles", "f")
     repo._store.has(him.types.BlobId(bytes(32)))
     place, entry = repo._store._place, reader.entry
-    return lambda key: place(entry(key).blob_id)
+    return lambda key: place(entry(key).ref)
 
 
 def _updated(repo: Repository, side: int, *, largest: bool) -> Iterator[Row]:

@@ -254,7 +254,7 @@ def _tail(places: Places) -> tuple[int, bytes]:
 
 def writes_in_order(repo: him.Repository, writers: int, commits: int) -> list[tuple[int, int]]:
     """(writer, number) of every cell that each batch of the log changed, found by what it then held."""
-    names = {codec.encode_array(tile_of(w, n)).blob_id: (w, n) for w in range(writers) for n in range(commits)}
+    names = {codec.encode_array(tile_of(w, n)).ref: (w, n) for w in range(writers) for n in range(commits)}
     store, found = repo._store, list[tuple[int, int]]()
     for _, _, record in repo._history.records():
         for batch in record.operations:
@@ -262,7 +262,7 @@ def writes_in_order(repo: him.Repository, writers: int, commits: int) -> list[tu
                 for was, now in directory.diff(store, batch.before, batch.directory):
                     old = (was.root, was.root_height) if was else (b"", 0)
                     new = (now.root, now.root_height) if now else (b"", 0)
-                    found += [names[entry.blob_id] for *_, entry in diff.cells(store, *old, *new) if entry]
+                    found += [names[entry.ref] for *_, entry in diff.cells(store, *old, *new) if entry]
     return found
 
 

@@ -24,10 +24,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 @pytest.fixture(autouse=True)
 def _own_world(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test sees the caller's repository, daemon, keys or terminal settings."""
-    for name in ("HIM_REPO", "HIM_DEBUG", "COLUMNS", "NO_COLOR", "FORCE_COLOR"):
+    secrets = ("HIM_KEYS", "HIM_PASSPHRASE", "HIM_PASSPHRASE_FILE")
+    for name in ("HIM_REPO", "HIM_DEBUG", "COLUMNS", "NO_COLOR", "FORCE_COLOR", *secrets):
         monkeypatch.delenv(name, raising=False)
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     runtime = tmp_path_factory.getbasetemp() / "run"
     runtime.mkdir(mode=0o700, exist_ok=True)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))

@@ -20,7 +20,7 @@ from him.catalog.history import History
 from him.catalog.log import FileLog
 from him.catalog.marker import MARKER, Marker
 from him.catalog.reader import SnapshotReader
-from him.config import EMBEDDING_DIMS, REPOSITORY_FORMAT
+from him.config import EMBEDDING_DIMS, PLAIN_FORMAT
 from him.errors import NotFoundError, UnavailableError
 from him.ingest import Ingest
 from him.pack.galois import product
@@ -111,8 +111,13 @@ class CountingStore:
         assert own == kind
         return payload
 
-    def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
-        blob = blob_id(kind, meta, payload)
+    @property
+    def hash_key(self) -> bytes:
+        raise AssertionError("nothing here is encrypted")
+
+    def put_page(self, kind: int, payload: bytes, *, encrypted: bool = False) -> BlobId:
+        assert not encrypted
+        blob = blob_id(kind, b"", payload)
         self.pages[blob] = (kind, payload)
         self.put.append(blob)
         return blob
@@ -120,13 +125,13 @@ class CountingStore:
     def parsed(self, kind: int, blob: bytes, parse: Callable[[bytes], T]) -> T:
         return parse(self.page(kind, BlobId(blob)))
 
-    def put_pages(self, kind: int, payloads: Sequence[bytes]) -> list[BlobId]:
-        return [self.put_page(kind, payload) for payload in payloads]
+    def put_pages(self, kind: int, payloads: Sequence[bytes], *, encrypted: bool = False) -> list[BlobId]:
+        return [self.put_page(kind, payload, encrypted=encrypted) for payload in payloads]
 
     def put_tile(self, tile: EncodedTile, origin: bytes) -> bool:
         self.tiles_put += 1
-        new = tile.blob_id not in self.tiles
-        self.tiles[tile.blob_id] = tile
+        new = tile.ref not in self.tiles
+        self.tiles[tile.ref] = tile
         return new
 
     def read_tile(self, blob: BlobId) -> Array | bytes:
@@ -282,7 +287,7 @@ REPOSITORY_ID = bytes(range(16))
 
 def _furnish(disk: Disk, *, tiered: bool) -> None:
     """Put the files there that `app` keeps; a simulated disk does not count that as an operation."""
-    files = {MARKER: Marker(REPOSITORY_FORMAT, REPOSITORY_ID.hex(), 0).encoded()}
+    files = {MARKER: Marker(PLAIN_FORMAT, REPOSITORY_ID.hex(), 0).encoded()}
     if tiered:
         files[TIER] = TierSettings("test", 1).encoded()
     for path, data in files.items():

@@ -14,7 +14,7 @@ through a warm daemon within a few milliseconds.
 TYPE_CHECKING = False  # as typing's, whose import would cost a third of what this package costs to load
 if TYPE_CHECKING:
     from him import kv
-    from him.app import Repository, SnapshotHandle, check, clone, heal, open, restore
+    from him.app import Repository, SnapshotHandle, check, clone, create_ring, heal, open, open_ring, restore
     from him.errors import HimError
 
 __version__ = "0.1.0"
@@ -23,6 +23,8 @@ _HOMES = {
     "open": "him.app",
     "check": "him.app",
     "clone": "him.app",
+    "create_ring": "him.app",
+    "open_ring": "him.app",
     "heal": "him.app",
     "restore": "him.app",
     "Repository": "him.app",
@@ -34,7 +36,10 @@ _HOMES = {
 _MODULES = ("kv",)
 """Public modules, loaded in the same way."""
 
-__all__ = ["HimError", "Repository", "SnapshotHandle", "__version__", "check", "clone", "heal", "kv", "open", "restore"]
+__all__ = [
+    "HimError", "Repository", "SnapshotHandle", "__version__", "check", "clone", "create_ring", "heal", "kv", "open",
+    "open_ring", "restore",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

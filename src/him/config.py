@@ -6,8 +6,15 @@ from him.types import StreamSpec
 
 FORMAT_VERSION: Final = 1
 """Of packs, records and traces."""
-REPOSITORY_FORMAT: Final = 2
-"""Of `him.json`: which log records there may be. 2 has those of garbage collection and retention."""
+REPOSITORY_FORMAT: Final = 3
+"""Of `him.json`: which log records there may be. 2 has those of garbage collection and retention, 3 those of keys."""
+PLAIN_FORMAT: Final = 2
+"""What a repository has that never encrypted anything."""
+ENCRYPTED_TOGETHER: Final = (
+    ("screen", "scene", "emb"),
+    ("kv_cache", "kv_int8", "kv_fp8", "kv_fp16", "kv_records"),
+)
+"""Streams that say what others of them show: one is not encrypted without them."""
 
 # Layout (spec §1.1, design §2)
 PAGE_SIDE: Final = 8

@@ -9,6 +9,7 @@
     ├── IntegrityError     stored bytes do not match their digest (rule 1: never returned)
     ├── ExpiredError       removed on purpose by retention; not corruption
     ├── ShreddedError      its key was destroyed on purpose; not corruption
+    ├── KeyNeededError     encrypted, and the keys are not at hand
     ├── DriftError         the environment is not the one a trace was recorded in; the model not the one of a KV cache
     ├── VersionError       written by newer software than this
     ├── StorageError       the disk or the store refused (full, read-only, failed fsync)
@@ -57,6 +58,13 @@ KINDS: Final[dict[str, Kind]] = {
     ),
     "expired": Kind("nothing to repair: retention removed it", 6, 410, "NOT_FOUND", "Removed by retention."),
     "shredded": Kind("nothing to repair: its key was destroyed", 6, 410, "NOT_FOUND", "Shredded on purpose."),
+    "key_needed": Kind(
+        "give the key ring and its passphrase: HIM_KEYS and HIM_PASSPHRASE, or `him.open(…, keys=…)`",
+        13,
+        403,
+        "PERMISSION_DENIED",
+        "It is encrypted, and the keys are not at hand.",
+    ),
     "drift": Kind(
         "run under the pinned environment, or record a new trace", 7, 412, "FAILED_PRECONDITION", "Environment differs."
     ),
@@ -163,6 +171,12 @@ class ShreddedError(HimError):
     """Its key was destroyed on purpose."""
 
     kind: ClassVar[str] = "shredded"
+
+
+class KeyNeededError(HimError):
+    """What is read or written is encrypted, and the keys are not at hand, or do not open."""
+
+    kind: ClassVar[str] = "key_needed"
 
 
 class DriftError(HimError):

@@ -90,7 +90,7 @@ class TierHandle:
 
     def _places(self, snapshot: str, stream: str, frame: str) -> list[tuple[str, int, int]]:
         reader = SnapshotReader(self._store, self._memo, self._history.snapshot(snapshot).directory)
-        return self._store.places(reader.present(key).blob_id for key in reader.keys(stream, frame))
+        return self._store.places(reader.present(key).ref for key in reader.keys(stream, frame))
 
 
 class SnapshotHandle:
@@ -258,10 +258,10 @@ class SnapshotHandle:
         """What is known of a derived tile, which need not be stored; then it takes no place."""
         store = self.parts.store
         return TileMeta(
-            tile_id_text(tile_id(key, entry.origin, entry.blob_id)), key.stream, key.frame,
+            tile_id_text(tile_id(key, entry.origin, entry.ref)), key.stream, key.frame,
             snapshot_id(entry.origin), key.level, key.x, key.y, levels.shape_at(frame, key.level, key.y, key.x),
-            frame.dtype, None, frame.halo, entry.blob_id.hex(),
-            store.size_of(entry.blob_id) if store.has(entry.blob_id) else 0,
+            frame.dtype, None, frame.halo, entry.ref.hex(),
+            store.size_of(entry.ref) if store.has(entry.ref) else 0,
         )  # fmt: skip
 
     def _moved(self, report: IngestReport) -> IngestReport:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from him.catalog.changes import FrameChange
 from him.catalog.history import History
 from him.catalog.reader import SnapshotReader, bytes_of, kv_plane
-from him.config import ARRAY_PART_BYTES, FRAME_CELLS_MAX, ROWS_PER_APPEND_MAX, STREAMS, TILE_BYTES_MAX
+from him.config import ARRAY_PART_BYTES, FRAME_CELLS_MAX, ROWS_PER_APPEND_MAX, TILE_BYTES_MAX
 from him.errors import ConflictError, LimitError, NotFoundError, UsageError
 from him.index import row_texts
 from him.perception import pins, see
@@ -30,8 +30,8 @@ from him.tile.delta import ClientDelta
 from him.tile.downsample import check as check_rule
 from him.tile.downsample import tail_at
 from him.types import (
-    BlobId,
     Frame,
+    Ref,
     Scene,
     Snapshot,
     StreamSpec,
@@ -89,14 +89,14 @@ class Beside(NamedTuple):
     document: bytes | None
 
 
-MakeBeside = Callable[[Mapping[Cell, BlobId]], Sequence[Beside]]
+MakeBeside = Callable[[Mapping[Cell, Ref]], Sequence[Beside]]
 """From an array's cells, once they are stored, what is to be committed with them."""
 
 
 class _Put(NamedTuple):
     """Blobs put for one frame: cells, and how many of them were new."""
 
-    cells: dict[tuple[int, int], BlobId]
+    cells: dict[tuple[int, int], Ref]
     written: int
 
 
@@ -198,7 +198,9 @@ class Ingest:
         """
         began = self._clock.monotonic_ns()
         frame = checked_name(frame, what="frame")
-        tiles = {(row, column): codec.encode_array(part) for row, column, part in _parts(pixels, STREAMS["screen"])}
+        spec = self._history.stream("screen")
+        key = self._hash_key(spec)
+        tiles = {(row, column): codec.encode_array(part, hash_key=key) for row, column, part in _parts(pixels, spec)}
         known = self._known(target, frame, tiles, tree)
         if known is not None:
             snapshot, elements = known
@@ -210,12 +212,12 @@ class Ingest:
         before_it = self._replaced(opened, "screen", frame, tiles)
         written = self._store.put_tiles(list(tiles.values()), origin, [before_it.get(cell) for cell in tiles])
         scene = msgspec.structs.replace(
-            seen.scene, tiles=tuple((row, column, tile.blob_id.hex()) for (row, column), tile in sorted(tiles.items()))
+            seen.scene, tiles=tuple((row, column, tile.ref.hex()) for (row, column), tile in sorted(tiles.items()))
         )
         changes = [
             FrameChange(
-                _frame(STREAMS["screen"], frame, pixels.shape, pixels.dtype),
-                {at: tile.blob_id for at, tile in tiles.items()},
+                _frame(spec, frame, pixels.shape, pixels.dtype),
+                {at: tile.ref for at, tile in tiles.items()},
                 replace=True,
             ),
             *self._scene_changes(opened, frame, scene),
@@ -259,7 +261,7 @@ class Ingest:
         changes = [FrameChange(shape, put.cells, replace=True)]
         if stream == "screen":
             changes += [
-                FrameChange(_cell_frame(STREAMS[seen], frame, 0, 0, (1, 1), "bytes"), {}, replace=True)
+                FrameChange(_cell_frame(self._history.stream(seen), frame, 0, 0, (1, 1), "bytes"), {}, replace=True)
                 for seen in ("scene", "emb")
             ]
         if beside is not None:
@@ -290,7 +292,7 @@ class Ingest:
         # Only now may the branch be created: what is refused leaves nothing.
         snapshot = self._history.writable(target)
         origin, begun = snapshot_bytes(snapshot.snapshot_id), self._history.begin()
-        put: dict[tuple[int, int], BlobId | None] = dict.fromkeys(cells)
+        put: dict[tuple[int, int], Ref | None] = dict.fromkeys(cells)
         before = self._replaced(snapshot, stream, frame, given)
 
         def prepared(place: tuple[Cell, Array | bytes]) -> tuple[Cell, Prepared]:
@@ -299,7 +301,7 @@ class Ingest:
 
         for batch in self._store.ahead(prepared, _parts_of(given.items())):
             self._store.put_prepared([tile for _, tile in batch])
-            put.update((cell, tile.blob_id) for cell, tile in batch)
+            put.update((cell, tile.ref) for cell, tile in batch)
         return self._history.commit(snapshot.snapshot_id, [FrameChange(shape, put)], begun=begun)
 
     def delta(self, target: str, stream: str, frame: str, cell: tuple[int, int], change: ClientDelta) -> Snapshot:
@@ -315,18 +317,18 @@ class Ingest:
         if tile_id_text(reader.tile_id(key)) != change.parent:
             fix = "read the tile that is there, make the delta on it, and send it once more"
             raise ConflictError("the place holds another tile than the delta was made on", object=str(key), fix=fix)
-        base = reader.present(key).blob_id
+        base = reader.present(key).ref
         applied = delta.apply(change, self._store.read(base).meta, self._store.payload(base))
         value = codec.values_of(applied.header, applied.payload)
-        tile = codec.encode_payload(applied.header, applied.payload)
         spec = self._history.stream(stream)
+        tile = codec.encode_payload(applied.header, applied.payload, self._hash_key(spec))
         _check_value(spec, value)
         opened = self._history.writable(target)
         begun = self._history.begin()
         shape = _cell_frame(spec, frame, *cell, *_shape_of(value))
         replaced = self._replaced(opened, stream, frame, [cell])
         self._store.put_tiles([tile], snapshot_bytes(opened.snapshot_id), [replaced.get(cell)])
-        return self._history.commit(opened.snapshot_id, [FrameChange(shape, {cell: tile.blob_id})], begun=begun)
+        return self._history.commit(opened.snapshot_id, [FrameChange(shape, {cell: tile.ref})], begun=begun)
 
     def make_delta(
         self, target: str, stream: str, frame: str, cell: tuple[int, int], value: Array | bytes
@@ -337,7 +339,7 @@ class Ingest:
         spec = self._history.stream(stream)
         _check_value(spec, value)
         tile = self._encoded(spec, value)
-        payload = self._store.payload(reader.present(key).blob_id)
+        payload = self._store.payload(reader.present(key).ref)
         return delta.make(reader.tile_id(key), payload, tile.header, tile.payload)
 
     def append(self, target: str, stream: str, rows: Sequence[object], *, writer: str) -> tuple[Snapshot, str]:
@@ -354,10 +356,10 @@ class Ingest:
         snapshot = self._history.writable(target)
         frame = checked_name(f"{snapshot.snapshot_id}.{writer}", what="frame")
         begun = self._history.begin()
-        encoded = codec.encode_bytes(b"\n".join(lines) + b"\n")
+        encoded = codec.encode_bytes(b"\n".join(lines) + b"\n", self._hash_key(spec))
         self._store.put_tile(encoded, snapshot_bytes(snapshot.snapshot_id))
         shape = _cell_frame(spec, frame, 0, 0, (0, 1), "bytes")
-        change = FrameChange(shape, {}, append=(encoded.blob_id,))
+        change = FrameChange(shape, {}, append=(encoded.ref,))
         return self._history.commit(snapshot.snapshot_id, [change], begun=begun), frame
 
     # -- inner
@@ -378,9 +380,9 @@ class Ingest:
             vectors = dict(reader.frame("emb", frame).attributes) if stored.nodes else {"encoder": self._encoder.pin()}
         except (NotFoundError, msgspec.MsgspecError):
             return None
-        ours = tuple((row, column, tile.blob_id.hex()) for (row, column), tile in sorted(tiles.items()))
+        ours = tuple((row, column, tile.ref.hex()) for (row, column), tile in sorted(tiles.items()))
         # The screen itself is looked at too: single tiles of it may have been put since it was read.
-        there = tuple((row, column, one.blob_id.hex()) for (row, column), one in sorted(entries.items()) if one)
+        there = tuple((row, column, one.ref.hex()) for (row, column), one in sorted(entries.items()) if one)
         same = ours == stored.tiles == there and stored.pins == pins(self._reader, tree)
         same = same and vectors.get("encoder") == self._encoder.pin()
         return (found.snapshot_id, len(stored.nodes)) if same else None
@@ -399,48 +401,51 @@ class Ingest:
         return np.frombuffer(b"".join(vectors[key] for key in keys), dtype=np.int8).reshape(len(texts), -1)
 
     def _encoded(self, spec: StreamSpec, value: Array | bytes) -> codec.EncodedTile:
+        key = self._hash_key(spec)
         if isinstance(value, bytes):
-            return codec.encode_bytes(value)
-        return codec.encode_array(value, quantise=spec.quantise, buffer=self._store.buffer)
+            return codec.encode_bytes(value, key)
+        return codec.encode_array(value, quantise=spec.quantise, buffer=self._store.buffer, hash_key=key)
 
-    def _replaced(self, snapshot: Snapshot, stream: str, frame: str, cells: Collection[Cell]) -> dict[Cell, BlobId]:
+    def _hash_key(self, spec: StreamSpec) -> bytes | None:
+        return self._store.hash_key if spec.encrypted else None
+
+    def _replaced(self, snapshot: Snapshot, stream: str, frame: str, cells: Collection[Cell]) -> dict[Cell, Ref]:
         """The tiles that stand in these cells now."""
         found = directory.find(self._store, snapshot.directory, (stream, frame))
         if found is None or not cells:
             return {}
         places = np.array(list(cells), dtype=np.int64)
         raw, present = update.look_up(self._store, found.root, found.root_height, places[:, 0], places[:, 1])
-        return {cell: BlobId(raw[number, :32].tobytes()) for number, cell in enumerate(cells) if present[number]}
+        return {cell: found.ref(raw[number, :32].tobytes()) for number, cell in enumerate(cells) if present[number]}
 
     def _scene_changes(self, opened: Snapshot, frame: str, scene: Scene) -> Iterator[FrameChange]:
-        origin, document = snapshot_bytes(opened.snapshot_id), codec.encode_bytes(bytes_of(scene))
+        spec, vectors_spec = self._history.stream("scene"), self._history.stream("emb")
+        origin, document = snapshot_bytes(opened.snapshot_id), self._encoded(spec, bytes_of(scene))
         self._store.put_tiles([document], origin, [*self._replaced(opened, "scene", frame, [(0, 0)]).values()])
-        yield FrameChange(
-            _cell_frame(STREAMS["scene"], frame, 0, 0, (1, 1), "bytes"), {(0, 0): document.blob_id}, replace=True
-        )
+        yield FrameChange(_cell_frame(spec, frame, 0, 0, (1, 1), "bytes"), {(0, 0): document.ref}, replace=True)
         vectors = self._vectors(row_texts(scene)) if scene.nodes else np.zeros((1, 1), dtype=np.int8)
-        put = self._put_tiles(opened, frame, Plane(vectors), STREAMS["emb"]) if scene.nodes else _Put({}, 0)
+        put = self._put_tiles(opened, frame, Plane(vectors), vectors_spec) if scene.nodes else _Put({}, 0)
         shape = msgspec.structs.replace(
-            _frame(STREAMS["emb"], frame, vectors.shape, vectors.dtype),
+            _frame(vectors_spec, frame, vectors.shape, vectors.dtype),
             attributes=(("encoder", self._encoder.pin()),),
         )
         yield FrameChange(shape, put.cells, replace=True)
 
     def _beside_changes(self, opened: Snapshot, made: Sequence[Beside]) -> Iterator[FrameChange]:
         for one in made:
-            cells: dict[Cell, BlobId] = {}
+            cells: dict[Cell, Ref] = {}
             if one.document is not None:
-                tile = codec.encode_bytes(one.document)
+                tile = self._encoded(one.stream, one.document)
                 replaced = self._replaced(opened, one.stream.name, one.frame, [(0, 0)])
                 self._store.put_tiles([tile], snapshot_bytes(opened.snapshot_id), [replaced.get((0, 0))])
-                cells = {(0, 0): tile.blob_id}
+                cells = {(0, 0): tile.ref}
             yield FrameChange(_cell_frame(one.stream, one.frame, 0, 0, (1, 1), "bytes"), cells, replace=True)
 
     def _put_tiles(
         self, opened: Snapshot, frame: str, plane: Plane, spec: StreamSpec, progress: Progress | None = None
     ) -> _Put:
         """Put an array's tiles: read some, encode them on several threads, store them, forget them."""
-        cells: dict[tuple[int, int], BlobId] = {}
+        cells: dict[tuple[int, int], Ref] = {}
         written = 0
         zeros: dict[tuple[int, ...], codec.EncodedTile] = {}
         origin = snapshot_bytes(opened.snapshot_id)
@@ -454,21 +459,22 @@ class Ingest:
         def empty(shape: tuple[int, ...]) -> codec.EncodedTile:
             # Of zeros there is one tile a shape, which is stored and named like any other.
             if shape not in zeros:
-                zeros[shape] = codec.encode_array(np.zeros(shape, dtype=plane.dtype), quantise=spec.quantise)
+                empty_tile = np.zeros(shape, dtype=plane.dtype)
+                zeros[shape] = codec.encode_array(empty_tile, quantise=spec.quantise, hash_key=self._hash_key(spec))
             return zeros[shape]
 
-        def batches() -> Iterator[list[tuple[Cell, Array | tuple[int, ...], BlobId | None]]]:
+        def batches() -> Iterator[list[tuple[Cell, Array | tuple[int, ...], Ref | None]]]:
             for batch in plane.tiles(spec.tile_height, spec.tile_width):
                 before = self._replaced(opened, spec.name, frame, [cell for cell, _ in batch])
                 yield [(cell, part, before.get(cell)) for cell, part in batch]
 
-        def prepared(place: tuple[Cell, Array | tuple[int, ...], BlobId | None]) -> tuple[Cell, Prepared]:
+        def prepared(place: tuple[Cell, Array | tuple[int, ...], Ref | None]) -> tuple[Cell, Prepared]:
             cell, part, before = place
             return cell, self._store.prepare(encoded(part), origin, before)
 
         for batch in self._store.ahead(prepared, batches()):
             written += self._store.put_prepared([tile for _, tile in batch])
-            cells.update((cell, tile.blob_id) for cell, tile in batch)
+            cells.update((cell, tile.ref) for cell, tile in batch)
             if progress is not None:
                 progress(len(cells), plane.count(spec.tile_height, spec.tile_width), "store")
         return _Put(cells, written)
@@ -555,6 +561,7 @@ def _cell_frame(spec: StreamSpec, name: str, row: int, column: int, shape: tuple
     return Frame(
         spec.name, name, spec.content, row * spec.tile_height + shape[0], column * spec.tile_width + shape[1],
         channels, dtype, spec.tile_height, spec.tile_width, spec.halo, spec.level_rule, b"", 0,
+        encrypted=bool(spec.encrypted),
     )  # fmt: skip
 
 

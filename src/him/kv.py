@@ -32,7 +32,7 @@ from him.pyramid import directory
 from him.pyramid.update import Cell
 from him.tier.warm import WarmStore
 from him.tile.codec import DTYPES, dtype_name
-from him.types import BlobId, Frame, StreamSpec, TileKey, checked_name
+from him.types import Frame, Ref, StreamSpec, TileKey, checked_name, name_of
 
 Array = NDArray[np.generic]
 TokenIds = Sequence[int] | NDArray[np.integer]
@@ -159,15 +159,17 @@ def save(
     except NotFoundError:
         before = spec.name
 
-    def beside(cells: Mapping[Cell, BlobId]) -> list[Beside]:
-        record = _Record(_VERSION, binding, spec.name, tuple(cells[cell] for cell in sorted(cells)), tokens)
-        made = [Beside(RECORDS, name, msgspec.msgpack.encode(record))]
+    def beside(cells: Mapping[Cell, Ref]) -> list[Beside]:
+        tiles = tuple(name_of(cells[cell]) for cell in sorted(cells))
+        record = _Record(_VERSION, binding, spec.name, tiles, tokens)
+        made = [Beside(history.stream(RECORDS.name), name, msgspec.msgpack.encode(record))]
         # Saved otherwise quantised, it leaves the stream it was in.
         return made if before == spec.name else [*made, Beside(TENSORS[_QUANTISE_OF[before]], name, None)]
 
+    history = handle.parts.history
     for needed in (spec, RECORDS):
         if needed.name not in STREAMS:
-            handle.parts.history.declare_stream(needed)
+            history.declare_stream(needed)
     return handle.put_array(spec.name, tensor, frame=name, beside=beside)
 
 
@@ -192,18 +194,18 @@ def load(handle: SnapshotHandle, name: str, binding: Binding, *, tokens: int | N
     count = record.count if tokens is None else tokens
     if not 1 <= count <= record.count:
         raise UsageError(f"the cache has {record.count} tokens; {count} are asked for", object=name)
-    frame = _intact(reader, name, record)
-    if frame is None:
+    intact = _intact(reader, name, record)
+    if intact is None:
         raise ConflictError(
             "the cache's tiles are not those its token ids were saved with", object=name, fix="save the cache again"
         )
+    frame, tiles = intact
     shape = (binding.layers, 2, binding.kv_heads, count, binding.dim)
     whole: Array = np.empty(shape, dtype=DTYPES[binding.dtype])
     store = handle.parts.store
 
     def place(row: int) -> None:
-        blobs = record.tiles[row * frame.columns : (row + 1) * frame.columns]
-        parts = [np.asarray(store.read_tile(BlobId(blob))) for blob in blobs]
+        parts = [np.asarray(store.read_tile(ref)) for ref in tiles[row * frame.columns : (row + 1) * frame.columns]]
         band = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         top = row * frame.tile_height
         low = min(top + len(band), count)
@@ -211,7 +213,7 @@ def load(handle: SnapshotHandle, name: str, binding: Binding, *, tokens: int | N
 
     rows = -(-count // frame.tile_height)
     store.spread(place, range(rows))
-    reader.was_read([BlobId(blob) for blob in record.tiles[: rows * frame.columns]])
+    reader.was_read(tiles[: rows * frame.columns])
     return Cache(whole, np.frombuffer(record.tokens, dtype=">u4", count=count).astype(np.int64))
 
 
@@ -278,8 +280,8 @@ def _parsed(document: bytes, name: str) -> _Record:
     return found
 
 
-def _intact(reader: SnapshotReader, name: str, record: _Record) -> Frame | None:
-    """The frame of a cache whose tiles are those it was saved with; None when anything was put there since."""
+def _intact(reader: SnapshotReader, name: str, record: _Record) -> tuple[Frame, list[Ref]] | None:
+    """Frame and tiles of a cache, if these are what it was saved with; None when anything was put there since."""
     try:
         frame = reader.frame(record.stream, name)
     except NotFoundError:
@@ -290,10 +292,8 @@ def _intact(reader: SnapshotReader, name: str, record: _Record) -> Frame | None:
         return None
     cells = [(row, column) for row in range(frame.rows) for column in range(frame.columns)]
     entries = [reader.entry(TileKey(record.stream, name, 0, row, column)) for row, column in cells]
-    same = len(entries) == len(record.tiles) and all(
-        one is not None and one.blob_id == blob for one, blob in zip(entries, record.tiles, strict=True)
-    )
-    return frame if same else None
+    tiles = [one.ref for one in entries if one is not None]
+    return (frame, tiles) if tuple(map(name_of, tiles)) == record.tiles and len(tiles) == len(entries) else None
 
 
 def _check_bound(there: Binding, asked: Binding, name: str) -> None:
@@ -341,12 +341,12 @@ def _fitting(tensor: Array, count: int, binding: Binding, quantise: str) -> Stre
 
 
 class _Place(NamedTuple):
-    """A cache in the order of token ids; `blob` is its record."""
+    """A cache in the order of token ids; `record` refers to its record."""
 
     tokens: bytes
     quantise: str
     frame: str
-    blob: BlobId
+    record: bytes
 
 
 _Order = dict[Binding, list[_Place]]
@@ -392,7 +392,7 @@ class _Orders:
         names = [now.name for _, now in differing if now is not None]
         for at in range(0, len(names), KV_RECORDS_AT_ONCE):
             part = names[at : at + KV_RECORDS_AT_ONCE]
-            blobs = [reader.present(TileKey(RECORDS.name, name, 0, 0, 0)).blob_id for name in part]
+            blobs = [reader.present(TileKey(RECORDS.name, name, 0, 0, 0)).ref for name in part]
             for name, blob, document in zip(part, blobs, self._store.read_tiles(blobs), strict=True):
                 if not isinstance(document, bytes):
                     raise IntegrityError("the record of a KV cache is no document", object=name)

@@ -6,7 +6,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from him.types import CommitRecord, LiveState, PackFinished, PackRange, Snapshot, StreamSpec
+from him.types import (
+    CommitRecord,
+    HashKey,
+    KeyEntry,
+    LiveState,
+    PackFinished,
+    PackRange,
+    Snapshot,
+    StreamSpec,
+)
 
 Progress = Callable[[int, int, str], None]
 """Told of long work: how much is done, of how much in all, and what is at hand."""
@@ -282,6 +291,10 @@ class Projection(Protocol):
         """(stream, snapshot id or "" for any) → tiles written by snapshots opened before (ns) are let go."""
         ...
 
+    def shredded(self) -> frozenset[str]:
+        """Ids of shredded snapshots."""
+        ...
+
     def lamport(self) -> int:
         """The highest Lamport time seen."""
         ...
@@ -300,6 +313,30 @@ class Memo(Protocol):
 
     def put(self, kind: str, items: Iterable[tuple[bytes, bytes]]) -> None:
         """Remember results; may be dropped at any time."""
+        ...
+
+
+class KeyRing(Protocol):
+    """Keys that are kept outside the repository; what it gave and was told is the same for all processes.
+
+    Every method may raise StorageError, and KeyNeededError where the ring does not open any more.
+    """
+
+    @property
+    def hash_key(self) -> HashKey:
+        """What the repository's encrypted content is named with."""
+        ...
+
+    def get(self, key_id: bytes) -> bytes | None:
+        """A key, or None when it is not there (any more)."""
+        ...
+
+    def entries(self) -> Sequence[KeyEntry]:
+        """All that is there now."""
+        ...
+
+    def change(self, add: Sequence[KeyEntry], destroy: Iterable[bytes]) -> None:
+        """Add keys, and destroy others by their ids; durable when it returns."""
         ...
 
 
@@ -382,6 +419,7 @@ __all__ = [
     "Disk",
     "ErasureCode",
     "File",
+    "KeyRing",
     "Memo",
     "ObjectStore",
     "PictureDecoder",

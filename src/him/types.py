@@ -1,15 +1,43 @@
 """The frozen values every room of the house speaks in; no behaviour beyond naming and conversion."""
 
 import unicodedata
-from typing import Final, NamedTuple, NewType
+from typing import Final, NamedTuple, NewType, SupportsIndex
 from urllib.parse import quote
 
 import msgspec
+from blake3 import blake3
 
 from him.errors import UsageError
 
 BlobId = NewType("BlobId", bytes)
-"""32 bytes: identity of content."""
+"""32 bytes: identity of content, and what a record is called on the outside."""
+
+
+class Secret(bytes):
+    """32 bytes that name encrypted content and open it: who has them can read all that it reaches (design/015-keys.md).
+
+    Shown, they are the blob_id they lead to; msgspec refuses to write them, so that none gets out by accident.
+    """
+
+    __slots__ = ()
+
+    @property
+    def blob_id(self) -> BlobId:
+        """What the content is called on the outside."""
+        return BlobId(blake3(self).digest())
+
+    def hex(self, sep: str | bytes = "", bytes_per_sep: SupportsIndex = 1) -> str:
+        """The digits of the blob_id."""
+        return self.blob_id.hex(sep, bytes_per_sep) if sep else self.blob_id.hex()
+
+    def __repr__(self) -> str:
+        return f"<secret of {self.hex()}>"
+
+    __str__ = __repr__
+
+
+Ref = BlobId | Secret
+"""What a page or directory holds of what lies below: a blob_id, or the secret of what is encrypted."""
 TileId = NewType("TileId", bytes)
 """32 bytes: identity of content at a place in a snapshot."""
 SnapshotId = NewType("SnapshotId", str)
@@ -21,6 +49,16 @@ TRACE_PREFIX: Final = "tr_"
 _CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _ULID_LENGTH: Final = 26
 _NAME_BYTES_MAX: Final = 255
+
+
+def ref_of(raw: bytes) -> Ref:
+    """Bytes that are a reference already, as one."""
+    return raw if isinstance(raw, Secret) else BlobId(raw)
+
+
+def name_of(ref: Ref) -> BlobId:
+    """What a reference's content is called on the outside."""
+    return ref.blob_id if isinstance(ref, Secret) else ref
 
 
 def ulid_text(value: bytes) -> str:
@@ -137,7 +175,7 @@ class TileKey(NamedTuple):
 class Entry(NamedTuple):
     """What a level-0 cell holds: which content, and which snapshot wrote it (16 bytes)."""
 
-    blob_id: BlobId
+    ref: Ref
     origin: bytes
 
 
@@ -146,7 +184,8 @@ class StreamSpec(msgspec.Struct, frozen=True):
 
     `tile_height` × `tile_width` pixels a tile; `dtype` "" takes the array's own; `quantise` is one of
     "", "int8", "fp8", "fp16"; `level_rule` one of "none", "mean", "max", "min", "first", "nearest", "min-max";
-    `content` "array" or "bytes"; `retention_days` 0 keeps for ever.
+    `content` "array" or "bytes"; `retention_days` 0 keeps for ever. With `encrypted` new frames are
+    (docs/design/015-keys.md).
     """
 
     name: str
@@ -160,6 +199,12 @@ class StreamSpec(msgspec.Struct, frozen=True):
     merge_policy: str = "lww"
     merge_unit: str = "cell"
     retention_days: int = 0
+    encrypted: bool | msgspec.UnsetType = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        if not self.encrypted:
+            # One way to say so, which is written as it was before there was anything else to say.
+            msgspec.structs.force_setattr(self, "encrypted", msgspec.UNSET)
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
@@ -167,7 +212,8 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
 
     `height` × `width` is the extent in level-0 pixels (cells for `content` "bytes"); `root` is the hash of
     the root page (empty when no tile is present), `root_height` how many pages stand below it. `attributes` are sorted
-    pairs that bind the frame to what made it (a KV cache's tensor shape; model digests later).
+    pairs that bind the frame to what made it (a KV cache's tensor shape; model digests later). Of an `encrypted` frame
+    all pages and tiles are, and `root` is a Secret.
     """
 
     stream: str
@@ -184,6 +230,11 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
     root: bytes
     root_height: int
     attributes: tuple[tuple[str, str], ...] = ()
+    encrypted: bool = False
+
+    def ref(self, raw: bytes) -> Ref:
+        """What 32 bytes in one of its pages refer to."""
+        return Secret(raw) if self.encrypted else BlobId(raw)
 
     @property
     def rows(self) -> int:
@@ -207,8 +258,40 @@ class Parent(msgspec.Struct, frozen=True, array_like=True):
     merge_policy: str = "lww"
 
 
+class HashKey(NamedTuple):
+    """What a repository's secrets are made with: 32 bytes, and the id by which records name it (16 bytes)."""
+
+    key_id: bytes
+    key: bytes
+
+
+class KeyEntry(msgspec.Struct, frozen=True, array_like=True):
+    """A key of the key ring, and what it is for.
+
+    `purpose` is "open" (the directory of an open snapshot), "sealed" (of a sealed one), "base" (of the parent `of` at
+    branching) or "trace" (the trace `of`).
+    """
+
+    key_id: bytes
+    key: bytes
+    purpose: str
+    snapshot_id: SnapshotId
+    of: str = ""
+
+
+class Wrap(msgspec.Struct, frozen=True, array_like=True):
+    """The secret of an encrypted directory (its blob_id), readable with a key of the key ring: nonce, secret, tag."""
+
+    directory: bytes
+    key_id: bytes
+    wrapped: bytes
+
+
 class Snapshot(msgspec.Struct, frozen=True):
-    """A node of the history DAG (spec §2.1). `created_at` is nanoseconds since 1970 from the Clock port."""
+    """A node of the history DAG (spec §2.1). `created_at` is nanoseconds since 1970 from the Clock port.
+
+    `wraps` are of its directory, and of its parents' at branching, as far as these are encrypted.
+    """
 
     snapshot_id: SnapshotId
     parents: tuple[Parent, ...]
@@ -222,6 +305,18 @@ class Snapshot(msgspec.Struct, frozen=True):
     tags: dict[str, str] = {}
     provenance: dict[str, str] = {}
     merge_policy: str = "lww"
+    wraps: tuple[Wrap, ...] = ()
+
+    def moved(self, directory: bytes) -> "Snapshot":
+        """With another directory; what opened the one before is forgotten."""
+        needed = {directory, *(parent.directory for parent in self.parents)}
+        wraps = tuple(one for one in self.wraps if one.directory in needed)
+        return msgspec.structs.replace(self, directory=directory, wraps=wraps)
+
+    def opened_by(self, wrap: Wrap) -> "Snapshot":
+        """With a wrap, in place of one of the same directory."""
+        others = tuple(one for one in self.wraps if one.directory != wrap.directory)
+        return msgspec.structs.replace(self, wraps=(*others, wrap))
 
 
 class SnapshotOpened(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="snapshot"):
@@ -355,6 +450,19 @@ class TilesExpired(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
     signature: bytes = b""
 
 
+class DirectoryWrapped(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="wrap"):
+    """What opens a directory of a snapshot: its present one, or a parent's at branching."""
+
+    snapshot_id: SnapshotId
+    wrap: Wrap
+
+
+class SnapshotShredded(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag="shred"):
+    """A snapshot was dropped, and the keys that opened it are destroyed."""
+
+    snapshot_id: SnapshotId
+
+
 Operation = (
     SnapshotOpened
     | Batch
@@ -369,6 +477,8 @@ Operation = (
     | PackRemoved
     | RetentionSet
     | TilesExpired
+    | DirectoryWrapped
+    | SnapshotShredded
 )
 
 
@@ -401,7 +511,7 @@ class LiveState(msgspec.Struct, frozen=True, array_like=True):
 
     `snapshots` are [seq of the record that opened it, snapshot with its tags], oldest first; `refs` [name, kind,
     snapshot id] and `streams` by name; `packs` in the order of their first appearance, which numbers them; `retention`
-    [stream, task, seconds] and `expired` [stream, snapshot id or "", ns] sorted.
+    [stream, task, seconds] and `expired` [stream, snapshot id or "", ns] sorted; `shredded` are ids, sorted.
     """
 
     seq: int = 0
@@ -413,6 +523,7 @@ class LiveState(msgspec.Struct, frozen=True, array_like=True):
     packs: tuple[PackState, ...] = ()
     retention: tuple[tuple[str, str, int], ...] = ()
     expired: tuple[tuple[str, str, int], ...] = ()
+    shredded: tuple[SnapshotId, ...] = ()
 
 
 class TileMeta(msgspec.Struct, frozen=True):

@@ -238,7 +238,7 @@ def lost_log(place: Place) -> None:
 def future_checkpoint(place: Place) -> None:
     file = place.checkpoint()
     mark, body = checkpoint.decode_file(file.data, "")
-    with mock.patch("him.catalog.checkpoint._VERSION", 9):
+    with mock.patch("him.catalog.checkpoint._PLAIN", 9):
         file.path.write_bytes(checkpoint.encode_file(Mark(*mark), body))
 
 

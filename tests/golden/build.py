@@ -328,7 +328,8 @@ def described(repo: him.Repository) -> dict:
                 shape = [len(value)] if isinstance(value, bytes) else list(value.shape)
                 kind = "bytes" if isinstance(value, bytes) else value.dtype.name
                 tiles.append([level, y, x, shape, kind, digest(value), name])
-            record = {key: getattr(frame, key) for key in frame.__struct_fields__} | {"root": frame.root.hex()}
+            fields = [key for key in frame.__struct_fields__ if key != "encrypted" or frame.encrypted]
+            record = {key: getattr(frame, key) for key in fields} | {"root": frame.root.hex()}
             frames.append(record | {"attributes": [list(pair) for pair in frame.attributes], "tiles": tiles})
         out[one.snapshot_id] = {
             "directory": one.directory.hex(), "levels_root": one.levels_root.hex(), "sealed": one.sealed,

@@ -299,7 +299,7 @@ def test_a_batch_prepared_before_sealing_is_refused(stack: Stack) -> None:
     stack.history.seal("main")
     shape = Frame("skills", "s", "bytes", 1, 1, 0, "bytes", 1, 1, 0, "none", b"", 0)
     with pytest.raises(SealedError):
-        stack.history.commit(opened.snapshot_id, [FrameChange(shape, {(0, 0): tile.blob_id})], begun=begun)
+        stack.history.commit(opened.snapshot_id, [FrameChange(shape, {(0, 0): tile.ref})], begun=begun)
     assert stack.fsck().ok
 
 
@@ -482,13 +482,11 @@ def test_a_batch_that_may_not_be_committed_fails_alone(begun: Stack) -> None:
     def stale() -> None:
         begun.store.put_tile(late, bytes(16))
         begun.history.commit(
-            opened, [FrameChange(shape, {(0, 0): late.blob_id})], begun=begun.history.begin()._replace(epoch=-1)
+            opened, [FrameChange(shape, {(0, 0): late.ref})], begun=begun.history.begin()._replace(epoch=-1)
         )
 
     def sealed() -> None:
-        begun.history.commit(
-            gone.snapshot_id, [FrameChange(shape, {(0, 0): late.blob_id})], begun=begun.history.begin()
-        )
+        begun.history.commit(gone.snapshot_id, [FrameChange(shape, {(0, 0): late.ref})], begun=begun.history.begin())
 
     begun.history.writable("old")
     gone = begun.history.seal("old")
@@ -640,7 +638,7 @@ def test_a_pack_is_finished_though_others_have_appended_to_it(begun: Stack, monk
     assert len(finished_packs(begun.projection)) == 1
     shape = Frame("skills", "s", "bytes", 1, 1, 0, "bytes", 1, 1, 0, "none", b"", 0)
     opened = begun.history.snapshot("main").snapshot_id
-    begun.history.commit(opened, [FrameChange(shape, {(0, 0): pending.blob_id})], begun=batch)
+    begun.history.commit(opened, [FrameChange(shape, {(0, 0): pending.ref})], begun=batch)
     other = Stack(begun.disk.copy())
     assert other.at("main").document("skills", "s").startswith(b"put by another")
     assert other.fsck().ok

@@ -231,7 +231,8 @@ def test_the_commands_of_the_issue_are_there() -> None:
         "tiles delta|tiles get|tiles ls|ingest|query|prefetch|replay|fsck|doctor|demo|daemon start|daemon stop|"
         "daemon status|daemon run|tier set|tier status|tier push|tier demote|tier admit|tier pin|tier unpin|"
         "kv save|kv load|kv prefix|kv list|gc|compact|stats|retention list|retention set|snap hold|"
-        "push|pull|clone|restore|scrub|heal|parity set|parity off|parity update|parity status|sim"
+        "push|pull|clone|restore|scrub|heal|parity set|parity off|parity update|parity status|sim|"
+        "keys create|keys encrypt|keys status|keys passphrase|snap shred"
     )
     assert set(COMMANDS) == set(wanted.split("|")) == set(EXAMPLES)
 

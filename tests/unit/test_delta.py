@@ -589,7 +589,7 @@ def test_a_clients_delta_arrives(pair: tuple[Array, Array]) -> None:
     applied = delta.apply(delta.unpack(sent), encode_array(base).header, base.tobytes())
     expected = encode_array(target)
     assert applied.payload == target.tobytes()
-    assert (applied.blob_id, applied.header) == (expected.blob_id, expected.header)
+    assert (applied.blob_id, applied.header) == (expected.ref, expected.header)
 
 
 def test_a_client_sends_other_content_in_full() -> None:
@@ -614,7 +614,7 @@ def test_a_damaged_clients_delta_never_gives_another_tile(data: st.DataObject) -
     made = delta.encode_as(
         data.draw(st.sampled_from([BLOCKS, XOR, PATCH])), head(target), base.tobytes(), target.tobytes()
     )
-    good = ClientDelta("tl_" + "0" * 64, tile.header, made.codec, made.stored, tile.blob_id.hex())
+    good = ClientDelta("tl_" + "0" * 64, tile.header, made.codec, made.stored, tile.ref.hex())
     name = data.draw(st.sampled_from(["header", "stored"]))
     part = bytearray(getattr(good, name))
     part[data.draw(st.integers(0, len(part) - 1))] ^= 1 << data.draw(st.integers(0, 7))

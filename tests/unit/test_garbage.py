@@ -200,7 +200,7 @@ def test_a_batch_that_shares_what_is_condemned_under_it_stores_it_again(stack: S
     found = collect(other)
     assert (found.condemned_packs, found.waiting_packs) == (1, 1)
     shape = Frame("noise", "", "array", SIDE, 4 * SIDE, 0, "uint8", SIDE, SIDE, 0, "none", b"", 0)
-    stack.history.commit(opened.snapshot_id, [FrameChange(shape, {(0, 3): tile.blob_id})], begun=begun)
+    stack.history.commit(opened.snapshot_id, [FrameChange(shape, {(0, 3): tile.ref})], begun=begun)
     del begun
     found = collect(other)
     assert found.removed_packs >= 1
@@ -218,7 +218,7 @@ def test_what_is_left_of_an_expired_tile_is_expired_and_a_late_hold_does_not_ask
     stack.history.finish_packs()
     changed = little_changed(noise(1))
     put(stack, {0: changed})
-    assert stack.store.made_of(next(entry.blob_id for _, _, entry in _cells(stack))), "stored as a delta"
+    assert stack.store.made_of(next(entry.ref for _, _, entry in _cells(stack))), "stored as a delta"
     stack.history.seal("main")
     stack.clock.now += DAY_NS
     put(stack, {x: noise(100 + x) for x in range(1, 9)})
@@ -258,7 +258,7 @@ def test_a_put_does_not_rely_on_a_delta_whose_base_is_gone(stack: Stack) -> None
     changed = little_changed(noise(1))
     put(stack, {0: changed, **{x: noise(100 + x) for x in range(1, 9)}})
     stack.history.finish_packs()
-    name = next(e.blob_id for _, _, e in _cells(stack))
+    name = next(e.ref for _, _, e in _cells(stack))
     assert stack.store.made_of(name), "stored as a delta"
     put(stack, {0: noise(3)})
     found = collect(stack, share=0.9)
@@ -292,7 +292,7 @@ def test_orphans_go_and_a_living_writers_pack_stays(stack: Stack) -> None:
         [
             FrameChange(
                 Frame("noise", "", "array", SIDE, SIDE, 0, "uint8", SIDE, SIDE, 0, "none", b"", 0),
-                {(0, 0): encode_array(noise(77)).blob_id},
+                {(0, 0): encode_array(noise(77)).ref},
             )
         ],
         begun=begun,
@@ -315,14 +315,14 @@ def test_two_collections_at_once_do_not_rely_on_each_others_packs(
     shape = Frame("noise", "", "array", SIDE, SIDE, 0, "uint8", SIDE, SIDE, 0, "none", b"", 0)
     for each, when in zip((stack, other), begun, strict=True):
         target = each.history.snapshot("main").snapshot_id
-        each.history.commit(target, [FrameChange(shape, {(0, 0): tile.blob_id})], begun=when)
+        each.history.commit(target, [FrameChange(shape, {(0, 0): tile.ref})], begun=when)
         put(each, {1: noise(2), 2: noise(3)})
         each.history.finish_packs()
     put(stack, {1: noise(4), 2: noise(5), 9: noise(6)})
     stack.history.finish_packs()
     del begun, when
     packs = [f"packs/{name}" for name in stack.disk.list("packs")]
-    holding = [name for name in packs if tile.blob_id in _blobs(stack, name)]
+    holding = [name for name in packs if tile.ref in _blobs(stack, name)]
     assert len(holding) == 2
     chosen, append = iter([[holding[0]], [holding[1]]]), stack.history.append
 
@@ -691,7 +691,7 @@ class Machine(RuleBasedStateMachine):
         branch = sorted(self.model)[on % len(self.model)]
         opened = stack.history.writable(branch)
         shape = Frame("noise", "", "array", SIDE, (x + 1) * SIDE, 0, "uint8", SIDE, SIDE, 0, "none", b"", 0)
-        change = FrameChange(shape, {(0, x): tile.blob_id})  # pyright: ignore
+        change = FrameChange(shape, {(0, x): tile.ref})  # pyright: ignore
         try:
             stack.history.commit(opened.snapshot_id, [change], begun=begun)  # pyright: ignore
         except HimError as error:

@@ -63,7 +63,7 @@ def test_screen_scene_and_vectors_become_visible_in_one_record(stack: Stack) -> 
     for row, column, blob in seen.tiles:
         entry = reader.entry(TileKey("screen", "login", 0, row, column))
         assert entry is not None
-        assert entry.blob_id.hex() == blob
+        assert entry.ref.hex() == blob
     assert len(seen.tiles) == 2
 
 

@@ -334,7 +334,7 @@ def put_image(
     for row, column in everywhere if present is None else present:
         item = encode_array(pixels[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile])
         store.put_tile(item, bytes(16))
-        cells[row, column] = Entry(item.blob_id, origins((row, column)))
+        cells[row, column] = Entry(item.ref, origins((row, column)))
     height = page.root_height(rows, columns)
     root = update(store, NOTHING if base is None else base.root, height, cells)
     channels = pixels.shape[2] if pixels.ndim == 3 else 0
@@ -384,7 +384,7 @@ class ReadOnly:
     def __init__(self, store: CountingStore) -> None:
         self.has, self.page, self.parsed, self.read_tile = store.has, store.page, store.parsed, store.read_tile
 
-    def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
+    def put_page(self, kind: int, payload: bytes, *, encrypted: bool = False) -> BlobId:
         raise AssertionError("reading wrote a page")
 
     def put_tile(self, tile: EncodedTile, origin: bytes) -> bool:
@@ -414,7 +414,7 @@ def check_levels(store: CountingStore, one: Frame, pixels: Array, present: set[C
                     assert values is not None
                     part = whole[row * tile : (row + 1) * tile, column * tile : (column + 1) * tile]
                     np.testing.assert_array_equal(values, part, err_msg=f"level {level} ({column},{row})")
-                    assert found.blob_id == encode_array(part).blob_id
+                    assert found.ref == encode_array(part).ref
                     assert found.origin == levels.latest_origin(store, one, level, row, column)
                     assert values.shape == levels.shape_at(one, level, row, column)
 
@@ -615,7 +615,7 @@ def test_a_damaged_tile_is_named_whoever_reads_it() -> None:
             return super().read_tile(blob)
 
     store, pixels = Damaged(), image(8 * TILE, 8 * TILE, 3)
-    bad = encode_array(pixels[4 * TILE : 5 * TILE, 4 * TILE : 5 * TILE]).blob_id
+    bad = encode_array(pixels[4 * TILE : 5 * TILE, 4 * TILE : 5 * TILE]).ref
     one = put_image(store, pixels)
     with pytest.raises(IntegrityError):
         stored_levels(store, DictMemo(), one)
@@ -654,10 +654,10 @@ def watch_derived(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             count[0] += number
             count[1] = max(count)
 
-    def watched(values: Array, *, compress: bool) -> EncodedTile:
+    def watched(values: Array, hash_key: bytes | None, *, compress: bool) -> EncodedTile:
         add(1)
         weakref.finalize(values, add, -1)
-        return derive(values, compress=compress)
+        return derive(values, hash_key, compress=compress)
 
     monkeypatch.setattr(levels, "tile_of", watched)
     return count
@@ -744,7 +744,7 @@ def test_levels_of_scattered_tiles_take_a_third_and_an_apex_a_page(side: int) ->
         assert sealed is not None
         assert values is not None
         assert sealed == found
-        assert found.blob_id == encode_array(values).blob_id
+        assert found.ref == encode_array(values).ref
 
 
 def test_a_page_with_few_tiles_stores_the_levels_that_fit() -> None:

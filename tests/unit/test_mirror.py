@@ -270,7 +270,7 @@ def test_the_log_is_copied_piece_by_piece(tiered: Tiered) -> None:
 
 def test_rot_in_a_pack_that_is_cold_too_heals(tiered: Tiered) -> None:
     tiered.mirror.push_all()
-    name, offset, size = tiered.stack.store.places([tiered.stack.at("main").present(key(5)).blob_id])[0]
+    name, offset, size = tiered.stack.store.places([tiered.stack.at("main").present(key(5)).ref])[0]
     with (tiered.folder / name).open("r+b") as file:
         file.seek(offset + size // 2)
         file.write(b"rot")
@@ -344,7 +344,7 @@ def test_what_cannot_be_kept_is_passed_through(tmp_path: Path, monkeypatch: pyte
         tiered.put(range(first, first + 4))
     tiered.mirror.push_all()
     tiered.mirror.demote()
-    blobs = [tiered.stack.at("main").present(key(number)).blob_id for number in range(40)]
+    blobs = [tiered.stack.at("main").present(key(number)).ref for number in range(40)]
     places = tiered.stack.store.places(blobs)
     for place in places:
         tiered.mirror.ahead([place])

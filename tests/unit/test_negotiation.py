@@ -15,7 +15,7 @@ from him.catalog import marker
 from him.catalog.marker import parsed
 from him.cli.main import run
 from him.cli.session import Session
-from him.config import REPOSITORY_FORMAT
+from him.config import PLAIN_FORMAT, REPOSITORY_FORMAT
 from him.errors import IntegrityError, VersionError
 from him.pyramid import directory, page
 from him.sealed import holds, sealed
@@ -138,7 +138,7 @@ def test_software_of_format_2_reads_what_is_written_now(place: Path) -> None:
         created_at_ns: int
 
     told = msgspec.json.decode((place / "him.json").read_bytes(), type=Older)
-    assert told.format == REPOSITORY_FORMAT and len(told.repository_id) == 32
+    assert told.format == PLAIN_FORMAT and len(told.repository_id) == 32
     (place / "him.json").write_bytes(msgspec.json.encode(told) + b"\n")
     with opened(place) as repo:
         assert repo.fsck().ok
@@ -179,7 +179,7 @@ def test_caches_of_other_software_are_made_anew(place: Path) -> None:
 def test_pages_and_directories_of_newer_formats() -> None:
     for parse, data, kind in (
         (page.decode, b"HPG\x02" + bytes(60), VersionError), (page.decode, b"XPG\x01" + bytes(60), IntegrityError),
-        (directory._parse, b"HDL\x02" + bytes(9), VersionError), (directory._parse, b"HDX\x01", VersionError),
+        (directory._parse, b"HDL\x03" + bytes(9), VersionError), (directory._parse, b"HDX\x01", VersionError),
         (directory._parse, b"XDL\x01" + bytes(9), IntegrityError),
     ):  # fmt: skip
         with pytest.raises(kind):

@@ -209,7 +209,7 @@ def test_damage_in_every_file_is_healed_where_its_row_has_enough(protected: Prot
 def test_without_parity_the_same_damage_is_found(protected: Protected) -> None:
     for name in protected.names():
         protected.disk.files[name].now[1000] ^= 1
-    protected.stack.store.parity = None
+    protected.stack.store.mender.parity = None
     assert len({fault.place.split(" ")[0] for fault in protected.stack.fsck().errors}) == 14
 
 
@@ -330,19 +330,19 @@ def test_a_power_loss_while_parity_is_written_costs_nothing(protected: Protected
 def test_what_is_put_again_mends_a_record_that_nothing_could_heal(protected: Protected) -> None:
     """A damaged record must not count as stored for whoever puts the same content."""
     stack = protected.stack
-    stack.store.parity = None
-    place = stack.store.place(stack.at("main").entry(TileKey("noise", "f0", 0, 0, 0)).blob_id)  # pyright: ignore
+    stack.store.mender.parity = None
+    place = stack.store.place(stack.at("main").entry(TileKey("noise", "f0", 0, 0, 0)).ref)  # pyright: ignore
     name, _, offset = place.partition(" @ ")
     protected.disk.files[name].now[int(offset) + 300] ^= 1
     stack = protected.reopened()
-    stack.store.parity = None
+    stack.store.mender.parity = None
     with pytest.raises(IntegrityError, match=r"not zero|not match"):
         stack.at("main").tile(TileKey("noise", "f0", 0, 0, 0))
     assert list(stack.journal.quarantined()) == [(name, int(offset))]
     stack.ingest.tiles("other", "noise", "again", {(0, 0): noise(0)})
     assert np.array_equal(stack.at("main").tile(TileKey("noise", "f0", 0, 0, 0)), noise(0))
     stack = protected.reopened()
-    stack.store.parity = None
+    stack.store.mender.parity = None
     assert np.array_equal(stack.at("main").tile(TileKey("noise", "f0", 0, 0, 0)), noise(0))
 
 
@@ -353,11 +353,11 @@ def silent(_done: int, _total: int, _what: str) -> None:
 def test_what_a_missing_pack_held_can_be_put_again(protected: Protected) -> None:
     """Nobody has read from it since it was lost: its content must not be taken for stored even so."""
     stack = protected.reopened()
-    stack.store.parity = None
-    blob = stack.at("main").entry(TileKey("noise", "f5", 0, 0, 0)).blob_id  # pyright: ignore
+    stack.store.mender.parity = None
+    blob = stack.at("main").entry(TileKey("noise", "f5", 0, 0, 0)).ref  # pyright: ignore
     del protected.disk.files[stack.store.place(blob).split(" ")[0]]
     stack = protected.reopened()
-    stack.store.parity = None
+    stack.store.mender.parity = None
     scrubbed = Scrubber(
         stack.disk, stack.store, stack.journal, stack.clock, stack.projection.state().packs, lambda _size: None
     )
@@ -368,4 +368,4 @@ def test_what_a_missing_pack_held_can_be_put_again(protected: Protected) -> None
             found = stack.at("other").tile(TileKey("noise", "again", 0, 0, at))
             assert np.array_equal(found, noise(500 + at))
         stack = protected.reopened()
-        stack.store.parity = None
+        stack.store.mender.parity = None

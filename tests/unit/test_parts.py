@@ -40,7 +40,7 @@ def put(stack: Stack, value: NDArray[np.int8] | bytes, key: TileKey = KEY, branc
     stack.ingest.tiles(branch, key.stream, key.frame, {(0, 0): value})
     entry = stack.at(branch).entry(key)
     assert entry is not None
-    return entry.blob_id
+    return entry.ref
 
 
 def change(values: NDArray[np.int8], blocks: int, seed: int) -> NDArray[np.int8]:

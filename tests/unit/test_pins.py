@@ -64,7 +64,7 @@ def put(stack: Stack, number: int, value: Values | None = None) -> None:
 
 
 def places(stack: Stack, *numbers: int) -> list[tuple[str, int, int]]:
-    return stack.store.places([stack.at("main").present(key(number)).blob_id for number in numbers])
+    return stack.store.places([stack.at("main").present(key(number)).ref for number in numbers])
 
 
 def here(mirror: Mirror, places: list[tuple[str, int, int]]) -> bool:
@@ -148,7 +148,7 @@ def delta_of(machine: Machine) -> tuple[list[tuple[str, int, int]], list[tuple[s
     put(stack, 1, changed)
     stack.history.finish_packs()
     mirror.push_all()
-    blob = stack.at("main").present(key(1)).blob_id
+    blob = stack.at("main").present(key(1)).ref
     assert stack.store.read(blob).delta_depth == 1
     found = places(stack, 1)
     assert found[0][0] != base[0][0]

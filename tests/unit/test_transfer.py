@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -90,7 +91,7 @@ def kinds(stack: Stack) -> dict[int, int]:
         reader = stack.at(one.snapshot_id)
         for frame in reader.frames():
             for key in reader.keys(frame.stream, frame.name):
-                depth = stack.store.depth_of(reader.present(key).blob_id)
+                depth = stack.store.depth_of(reader.present(key).ref)
                 found[depth] = found.get(depth, 0) + 1
     return found
 
@@ -189,14 +190,14 @@ class Reads:
 
     def __init__(self, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
         self.kinds: list[int] = []
-        read = stack.store.read
+        read = stack.store._read
 
-        def counted(blob: BlobId) -> object:
-            found = read(blob)
+        def counted(*asked: Any, **how: Any) -> object:
+            found = read(*asked, **how)
             self.kinds.append(found.kind)
             return found
 
-        monkeypatch.setattr(stack.store, "read", counted)
+        monkeypatch.setattr(stack.store, "_read", counted)
 
     def count(self, *kinds: int) -> int:
         return sum(kind in kinds for kind in self.kinds)
@@ -393,7 +394,7 @@ def test_long_documents_share_the_chunks_that_are_there(source: Stack, target: S
 
 
 def blob_at(stack: Stack, branch: str, stream: str, frame: str, y: int = 0, x: int = 0) -> BlobId:
-    return stack.at(branch).present(TileKey(stream, frame, 0, y, x)).blob_id
+    return stack.at(branch).present(TileKey(stream, frame, 0, y, x)).ref
 
 
 # -- what is there without what lies below it

@@ -15,6 +15,7 @@ from him.types import (
     AttributeSet,
     Batch,
     CommitRecord,
+    DirectoryWrapped,
     LiveState,
     Operation,
     PackCondemned,
@@ -27,7 +28,9 @@ from him.types import (
     Sealed,
     Snapshot,
     SnapshotDropped,
+    SnapshotId,
     SnapshotOpened,
+    SnapshotShredded,
     StreamDeclared,
     StreamSpec,
     TilesExpired,
@@ -37,7 +40,7 @@ _Result = TypeVar("_Result")
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 
 _FIX: Final = "run `him fsck --rebuild`, or delete the folder cache: it is made anew"
-_SCHEMA_VERSION: Final = 4
+_SCHEMA_VERSION: Final = 5
 _BUSY_TIMEOUT_S: Final = 60.0
 _DIGEST: Final = 16
 _CHECKED_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -63,10 +66,11 @@ CREATE TABLE expired (stream TEXT NOT NULL, origin TEXT NOT NULL, before_ns INTE
 CREATE TABLE ranges (pack INTEGER NOT NULL, start INTEGER NOT NULL, seq INTEGER NOT NULL, body BLOB NOT NULL,
     PRIMARY KEY (pack, start)) WITHOUT ROWID;
 CREATE INDEX ranges_by_seq ON ranges (seq);
+CREATE TABLE shredded (snapshot TEXT PRIMARY KEY) WITHOUT ROWID;
 INSERT INTO position VALUES (1, 0, zeroblob(32), 0);
 """
 
-_TABLES: Final = ("snapshots", "attributes", "refs", "streams", "packs", "ranges", "retention", "expired")
+_TABLES: Final = ("snapshots", "attributes", "refs", "streams", "packs", "ranges", "retention", "expired", "shredded")
 _APPLIED_AT_ONCE: Final = 1_000
 """Records a transaction: an old log is not read into memory whole."""
 
@@ -244,6 +248,10 @@ class SqliteProjection:
         rows = self._rows("SELECT stream, origin, before_ns FROM expired ORDER BY stream, origin")
         return {(stream, origin): before for stream, origin, before in rows}
 
+    def shredded(self) -> frozenset[str]:
+        """Ids of shredded snapshots."""
+        return frozenset(name for (name,) in self._rows("SELECT snapshot FROM shredded"))
+
     def lamport(self) -> int:
         """The highest Lamport time seen."""
         return int(self._rows("SELECT lamport FROM position")[0][0])
@@ -308,6 +316,7 @@ class SqliteProjection:
             many("INSERT INTO ranges VALUES (?, ?, ?, ?)", ranges)
         many("INSERT INTO retention VALUES (?, ?, ?)", state.retention)
         many("INSERT INTO expired VALUES (?, ?, ?)", state.expired)
+        many("INSERT INTO shredded VALUES (?)", [(one,) for one in state.shredded])
         run("UPDATE position SET seq = ?, hash = ?, lamport = ?", (state.seq, state.hash, state.lamport))
         return True
 
@@ -339,6 +348,7 @@ class SqliteProjection:
             seq, digest, lamport, tuple(snapshots), refs, tuple(self.streams().values()), tuple(packs),
             tuple((*rule, ttl_s) for rule, ttl_s in self.retention().items()),
             tuple((*what, before) for what, before in self.expired().items()),
+            tuple(SnapshotId(one) for (one,) in self._rows("SELECT snapshot FROM shredded ORDER BY snapshot")),
         )  # fmt: skip
 
     def _with_tags(self, body: bytes) -> Snapshot:
@@ -350,11 +360,11 @@ class SqliteProjection:
         row = (found.snapshot_id, seq, found.lamport, _encode(found))
         self._db.execute("INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?, ?)", row)
 
-    def _change(self, snapshot_id: str, **fields: object) -> None:
-        """Set fields of a snapshot, if it is there still."""
+    def _change(self, snapshot_id: str, change: Callable[[Snapshot], Snapshot]) -> None:
+        """Change a snapshot, if it is there still."""
         rows = self._rows("SELECT seq, body FROM snapshots WHERE id = ?", snapshot_id)
         for seq, body in rows:
-            self._store(seq, msgspec.structs.replace(_decode(body, Snapshot), **fields))
+            self._store(seq, change(_decode(body, Snapshot)))
 
     def _apply(self, seq: int, operation: Operation) -> None:
         run = self._db.execute
@@ -363,11 +373,15 @@ class SqliteProjection:
                 run("DELETE FROM attributes WHERE snapshot = ?", (operation.snapshot_id,))
                 self._store(seq, operation.snapshot())
             case Batch():
-                self._change(operation.snapshot_id, directory=operation.directory)
+                self._change(operation.snapshot_id, lambda found: found.moved(operation.directory))
             case Sealed():
                 # Kept apart from the snapshots: a time is not given twice, even if its snapshot was dropped.
                 run("UPDATE position SET lamport = max(lamport, ?)", (operation.lamport,))
-                self._change(operation.snapshot_id, **operation.fields())
+                self._change(operation.snapshot_id, lambda found: msgspec.structs.replace(found, **operation.fields()))
+            case DirectoryWrapped():
+                self._change(operation.snapshot_id, lambda found: found.opened_by(operation.wrap))
+            case SnapshotShredded():
+                run("INSERT OR IGNORE INTO shredded VALUES (?)", (operation.snapshot_id,))
             case PackRange():
                 number = self._pack(operation.pack, seq)
                 run("UPDATE packs SET seq = ? WHERE number = ?", (seq, number))

@@ -7,6 +7,7 @@ with him.open("memory", create=True) as repo:
 
 from him.app.opening import check, clone, heal, open, restore
 from him.app.repository import Repository, answer_line
+from him.app.rings import create_ring, open_ring
 from him.catalog.restore import Restored
 from him.catalog.transfer import TransferReport
 from him.errors import HimError
@@ -21,7 +22,9 @@ __all__ = [
     "answer_line",
     "check",
     "clone",
+    "create_ring",
     "heal",
     "open",
+    "open_ring",
     "restore",
 ]

@@ -1,12 +1,13 @@
 """A repository's folder: made, and told from others."""
 
+import os
 from pathlib import Path
 
 from him.catalog.log import FileLog
 from him.catalog.marker import MARKER, Marker
 from him.catalog.salvage import RESTORING
 from him.config import (
-    REPOSITORY_FORMAT,
+    PLAIN_FORMAT,
 )
 from him.errors import (
     ConflictError,
@@ -22,9 +23,14 @@ def create(root: Path, disk: Disk, clock: Clock, rng: Rng) -> None:
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     FileLog.create(disk)
     (root / PACK_FOLDER).mkdir(exist_ok=True, mode=0o700)
-    marker = Marker(REPOSITORY_FORMAT, rng.token(16).hex(), clock.now_ns())
+    marker = Marker(PLAIN_FORMAT, rng.token(16).hex(), clock.now_ns())
     # Last, so that a crash leaves either no repository or a whole one.
     disk.write_whole(MARKER, marker.encoded())
+
+
+def state_folder() -> Path:
+    """Where what is the user's own, and no repository's, is kept."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "him"
 
 
 def left_by_restore(root: Path, marker: bytes) -> bool:

@@ -16,6 +16,7 @@ from him.adapters.rapidocr import RapidTextReader
 from him.app.folder import create as make
 from him.app.folder import left_by_restore
 from him.app.repository import Repository, check_budget
+from him.app.rings import ring_of_environment
 from him.catalog import marker as marker_file
 from him.catalog import spare
 from him.catalog.files import examine
@@ -40,7 +41,7 @@ from him.errors import (
     NotFoundError,
     UsageError,
 )
-from him.ports import Clock, Disk, ObjectStore, Progress, Rng, TextEncoder, TextReader, silent
+from him.ports import Clock, Disk, KeyRing, ObjectStore, Progress, Rng, TextEncoder, TextReader, silent
 from him.tier.care import Journal
 from him.tier.mirror import Mirror
 from him.tier.settings import TIER, TierSettings, tier_settings
@@ -57,6 +58,7 @@ def open(
     encoder: TextEncoder | None = None,
     disk: Disk | None = None,
     cold: ObjectStore | None = None,
+    keys: KeyRing | None = None,
 ) -> "Repository":
     """Open a repository.
 
@@ -65,6 +67,8 @@ def open(
         create: make it when the folder is missing or empty.
         clock, rng, reader, encoder, disk: other ports than the embedded ones; a disk must hold the same folder.
         cold: another cold store than the one `tier.json` names; only used where there is such a file.
+        keys: its key ring (`him.open_ring`); the one that the environment names when left out. Without it what is
+            encrypted stays closed.
 
     Raises:
         NotFoundError: no repository there.
@@ -81,12 +85,13 @@ def open(
             raise unmarked(LocalDisk(root), str(root))
         make(root, disk or LocalDisk(root), clock, rng)
     read, encode = reader or RapidTextReader(), encoder or MiniLmEncoder()
+    ring = keys or ring_of_environment(root)
     try:
-        return Repository(root, clock, rng, read, encode, disk, cold)
+        return Repository(root, clock, rng, read, encode, disk, cold, ring)
     except IntegrityError as error:
         if not error.place.startswith("log") or not _mended_log(root, disk or LocalDisk(root), clock, cold):
             raise
-    return Repository(root, clock, rng, read, encode, disk, cold)
+    return Repository(root, clock, rng, read, encode, disk, cold, ring)
 
 
 def _mended_log(root: Path, disk: Disk, clock: Clock, cold: ObjectStore | None) -> bool:
@@ -148,7 +153,8 @@ def check(path: str | os.PathLike[str], *, rebuild: bool = False, progress: Prog
     before = examine(disk)
     try:
         # Not `open`, which would mend the log: a check only tells.
-        repository = Repository(root, SystemClock(), SystemRng(), RapidTextReader(), MiniLmEncoder())
+        ring = ring_of_environment(root)
+        repository = Repository(root, SystemClock(), SystemRng(), RapidTextReader(), MiniLmEncoder(), ring=ring)
     except IntegrityError as error:
         return unopened(disk, before, error)
     with repository:

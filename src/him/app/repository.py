@@ -4,9 +4,10 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,11 +18,13 @@ import him
 from him import doctor
 from him.adapters import isal
 from him.adapters.local import LocalDisk
+from him.adapters.notes import EncryptedMemo
 from him.adapters.npy import NpyFile
 from him.adapters.objects import open_store
 from him.adapters.pillow import PillowDecoder
 from him.adapters.png import PngFile, is_large_png
 from him.adapters.sqlite import SqliteMemo, SqliteProjection, wal_fault
+from him.app.folder import state_folder
 from him.care import CareHandle, shape_of
 from him.catalog import marker as marker_file
 from him.catalog import spare
@@ -40,26 +43,33 @@ from him.config import (
     COLD_PACK_BYTES,
     COLD_PACK_BYTES_LEAST,
     COLLECT_DEAD_SHARE,
+    ENCRYPTED_TOGETHER,
     FOLDER_PICTURES_MAX,
     FORMAT_VERSION,
     IMAGE_FILE_BYTES_MAX,
     IMAGE_PIXELS_MAX,
+    PLAIN_FORMAT,
+    REPOSITORY_FORMAT,
     TREE_BYTES_MAX,
     WARM_BUDGET_BYTES_LEAST,
 )
 from him.errors import (
     ConflictError,
     HimError,
+    IntegrityError,
     LimitError,
     NotFoundError,
+    ShreddedError,
     StorageError,
     UsageError,
+    VersionError,
 )
 from him.handle import Parts, SnapshotHandle, TierHandle, read_limited
 from him.ingest import Ingest, IngestReport
+from him.kv import RECORDS, TENSORS
 from him.pack.galois import product
 from him.perception import parse_tree
-from him.ports import Clock, Disk, ObjectStore, Progress, Recorder, Rng, TextEncoder, TextReader, silent
+from him.ports import Clock, Disk, KeyRing, Memo, ObjectStore, Progress, Recorder, Rng, TextEncoder, TextReader, silent
 from him.query import Answer, QuerySource, answer, plan
 from him.query.calibrate import shipped
 from him.query.snapshot import RowCache, SnapshotSource
@@ -67,9 +77,9 @@ from him.replay import Recording, ReplayReport, Trace
 from him.replay import load as load_trace
 from him.replay import replay as replay_trace
 from him.replay import save as save_trace
+from him.replay.trace import TraceKey, new_trace
 from him.replay.trace import faults as trace_faults
 from him.replay.trace import names as trace_names
-from him.replay.trace import new_trace
 from him.tier.care import Journal
 from him.tier.cold import Claim, newest
 from him.tier.cold import take_over as claim_tier
@@ -82,6 +92,8 @@ from him.tier.warm import WarmStore
 from him.types import (
     TRACE_PREFIX,
     QueryPlan,
+    Ref,
+    Secret,
     Snapshot,
     SnapshotId,
     StreamSpec,
@@ -124,6 +136,13 @@ def _read_marker(disk: Disk) -> Marker:
     return marker_file.parsed(marker_bytes(disk), MARKER)
 
 
+class KeyState(NamedTuple):
+    """What is known of a repository's keys without showing any."""
+
+    opened: bool
+    streams: tuple[str, ...]
+
+
 class Repository:
     """A repository: snapshots to write and read, queries, replays, checks. Use as a context manager."""
 
@@ -136,6 +155,7 @@ class Repository:
         encoder: TextEncoder,
         disk: Disk | None = None,
         cold: ObjectStore | None = None,
+        ring: KeyRing | None = None,
     ) -> None:
         self.path = path
         self.read_only = not os.access(path, os.W_OK)
@@ -146,7 +166,8 @@ class Repository:
         self._log = FileLog(self._disk, read_only=self.read_only)
         cache = None if self.read_only else path / "cache"
         self._projection = SqliteProjection(cache / "projection.sqlite" if cache else None)
-        self._memo = SqliteMemo(cache / "memo.sqlite" if cache else None)
+        self._notes = SqliteMemo(cache / "memo.sqlite" if cache else None)
+        self._memo: Memo = self._notes if ring is None else EncryptedMemo(self._notes, ring.hash_key.key)
         self._mirror = _mirror(self._disk, clock, cold, read_only=self.read_only)
         self._journal = Journal(self._disk, clock, read_only=self.read_only)
         mirror, own_id = self._mirror, bytes.fromhex(self._repository_id)
@@ -154,10 +175,21 @@ class Repository:
             mirror or self._disk, isal.load() or product, own_id, lambda: self._history.finished_packs(), self._journal,
             shape=shape_of(self._disk), write=mirror and mirror.put_back, drop=lambda name: self._store.let_go(name),
         )  # fmt: skip
-        self._store = WarmStore(self._disk, self._projection, rng, own_id, mirror, journal=self._journal, parity=parity)
+        self._store = WarmStore(
+            self._disk, self._projection, rng, own_id, mirror, journal=self._journal, parity=parity,
+            hash_key=None if ring is None else ring.hash_key,
+        )  # fmt: skip
         writer = f"{platform.node()}:{os.getpid()}"
         self._history = History(
-            self._log, self._projection, self._store, self._memo, clock, rng, writer, read_only=self.read_only
+            self._log,
+            self._projection,
+            self._store,
+            self._memo,
+            clock,
+            rng,
+            writer,
+            read_only=self.read_only,
+            ring=ring,
         )
         self._history.refresh()
         check_owner(self._disk, marker, frozenset(self._projection.packs(0)))
@@ -192,7 +224,7 @@ class Repository:
         self._history.leases.close()
         self._log.close()
         self._projection.close()
-        self._memo.close()
+        self._notes.close()
 
     # -- tiers
 
@@ -314,7 +346,39 @@ class Repository:
 
     def declare_stream(self, spec: StreamSpec) -> None:
         """Add a stream of one's own. Raises ConflictError."""
+        if spec.encrypted:
+            self._raise_format(REPOSITORY_FORMAT)
         self._history.declare_stream(spec)
+
+    def encrypt(self, stream: str) -> list[str]:
+        """From now on encrypt a stream's frames, and those of the streams that say what they show; their names.
+
+        Frames that are there stay as they are until they are replaced whole.
+
+        Raises:
+            NotFoundError: no such stream.
+            KeyNeededError: the repository was opened without a key ring.
+        """
+        together = next((names for names in ENCRYPTED_TOGETHER if stream in names), (stream,))
+        own = {spec.name: spec for spec in (*TENSORS.values(), RECORDS)}
+        specs = [own.get(name) or self._history.stream(name) for name in together]
+        self._raise_format(REPOSITORY_FORMAT)
+        self._history.encrypt(specs)
+        return list(together)
+
+    def key_state(self) -> KeyState:
+        """Whether the key ring was opened, and which streams are encrypted from now on."""
+        streams = sorted(spec.name for spec in self._projection.streams().values() if spec.encrypted)
+        return KeyState(self._history.keys.ring is not None, tuple(streams))
+
+    def shred(self, name: str) -> Snapshot:
+        """Drop a snapshot and destroy its keys: what only it reached can be read by nobody any more, from no copy.
+
+        Raises:
+            ConflictError: a branch or tag names it, a legal hold is on it, or nothing of it is encrypted.
+            KeyNeededError: the keys are not at hand.
+        """
+        return self._history.shred(name)
 
     def log(self, limit: int | None = None) -> Iterator[dict[str, object]]:
         """Commit records, newest first (the last `limit`): seq, hash, time_ns, writer, operations."""
@@ -476,9 +540,14 @@ class Repository:
             "goal": goal, "frame": frame, "budget_ms": budget_ms, "startup_ms": startup_ms,
         }  # fmt: skip
         line = answer_line(result)
-        self._save_trace(
-            new_trace(trace_id, "query", found.snapshot_id, found.directory.hex(), request, self._pins, recording, line)
+        trace = new_trace(
+            trace_id, "query", found.snapshot_id, found.directory.hex(), request, self._pins, recording, line
         )
+        entry = self._history.trace_key(found)
+        key = None
+        if entry is not None and isinstance(found.directory, Secret):
+            key = TraceKey(entry.key_id, entry.key, found.directory)
+        self._save_trace(trace, key)
         return result
 
     def plan(self, goal: str, snapshot: str, *, frame: str | None = None, budget_ms: int = BUDGET_MS) -> QueryPlan:
@@ -505,8 +574,7 @@ class Repository:
         except msgspec.ValidationError as error:
             raise UsageError(f"not a plan: {error}", fix="give the JSON of `him query --plan-only --json`") from error
         name = str(plan.get("snapshot_id") or tiles.snapshot_id)
-        self._history.refresh()  # It may be of what another process has committed.
-        reader = SnapshotReader(self._store, self._memo, bytes.fromhex(tiles.directory))
+        reader = SnapshotReader(self._store, self._memo, self._history.directory(name, bytes.fromhex(tiles.directory)))
         warm = sum(
             1 for tile in tiles.tiles if reader.entry(TileKey(tile.stream, tile.frame, tile.level, tile.y, tile.x))
         )
@@ -526,17 +594,17 @@ class Repository:
         Raises:
             NotFoundError: no such trace.
         """
-        trace = self._load_trace(trace_id)
+        trace, root = self._load_trace(trace_id)
         with self._history.lease():
             self._history.refresh()  # It may be of what another process has committed.
-            return replay_trace(trace, self._fresh_pins, self._rerun)
+            return replay_trace(trace, self._fresh_pins, partial(self._rerun, root))
 
     def traces(self) -> list[str]:
         """Ids of recorded queries, oldest first."""
         return sorted(name for spool in self._spools for name in trace_names(spool))
 
-    def _rerun(self, trace: Trace, recorder: Recorder) -> str:
-        reader = SnapshotReader(self._store, self._memo, bytes.fromhex(trace.directory))
+    def _rerun(self, root: Ref, trace: Trace, recorder: Recorder) -> str:
+        reader = SnapshotReader(self._store, self._memo, root)
         request = trace.request
         result = answer(
             str(request["goal"]), SnapshotSource(reader, RowCache()), recorder, self._clock, self._encoder,
@@ -589,6 +657,7 @@ class Repository:
     def _collected(self, choice: Choice, *, dry_run: bool, progress: Progress | None) -> Collected:
         if not dry_run:
             self._raise_format()
+            self._history.tidy_keys(dropped=True)
         roots = self._trace_directories
         collector = Collector(self._history, self._projection, self._store, self._clock, roots, progress)
         return collector.run(choice, dry_run=dry_run)
@@ -596,12 +665,12 @@ class Repository:
     def _trace_directories(self) -> Iterator[bytes]:
         """What recorded queries read: it stays readable, so that they can be replayed."""
         for trace_id in self.traces():
-            with contextlib.suppress(HimError):
-                yield bytes.fromhex(self._load_trace(trace_id).directory)
+            with contextlib.suppress(IntegrityError, NotFoundError, ShreddedError, VersionError):
+                yield self._load_trace(trace_id)[1]
 
-    def _raise_format(self) -> None:
+    def _raise_format(self, format: int = PLAIN_FORMAT) -> None:
         """Records that older software does not know are about to be written: it must say so instead of stumbling."""
-        raised = _read_marker(self._disk).raised().encoded()
+        raised = _read_marker(self._disk).raised(format).encoded()
         if marker_bytes(self._disk) != raised:
             self._disk.write_whole(MARKER, raised)
 
@@ -671,24 +740,23 @@ class Repository:
     @property
     def _spools(self) -> tuple[Disk, ...]:
         """Where traces go: the repository; where that refuses (read-only, full), the user's own state folder."""
-        home = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local/state")
-        elsewhere = LocalDisk(Path(home) / "him" / self._repository_id)
+        elsewhere = LocalDisk(state_folder() / self._repository_id)
         return (elsewhere,) if self.read_only else (self._disk, elsewhere)
 
-    def _save_trace(self, trace: Trace) -> None:
+    def _save_trace(self, trace: Trace, key: TraceKey | None) -> None:
         *first, last = self._spools
         for spool in first:
             with contextlib.suppress(StorageError):
-                save_trace(spool, trace)
+                save_trace(spool, trace, key)
                 return
-        save_trace(last, trace)
+        save_trace(last, trace, key)
 
-    def _load_trace(self, trace_id: str) -> Trace:
+    def _load_trace(self, trace_id: str) -> tuple[Trace, Ref]:
         *first, last = self._spools
         for spool in first:
             with contextlib.suppress(NotFoundError):
-                return load_trace(spool, trace_id)
-        return load_trace(last, trace_id)
+                return load_trace(spool, trace_id, self._history.keys.get)
+        return load_trace(last, trace_id, self._history.keys.get)
 
     def _load(self, found: Snapshot | None) -> None:
         if not self._warm:

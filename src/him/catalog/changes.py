@@ -10,7 +10,7 @@ from him.pyramid import directory, update
 from him.pyramid.directory import FrameKey
 from him.pyramid.page import PagesStore, root_height
 from him.pyramid.update import Cells
-from him.types import BlobId, Entry, Frame
+from him.types import Entry, Frame, Ref
 
 
 class FrameChange(msgspec.Struct, frozen=True):
@@ -23,9 +23,9 @@ class FrameChange(msgspec.Struct, frozen=True):
     """
 
     shape: Frame
-    cells: Mapping[tuple[int, int], BlobId | None] | Cells
+    cells: Mapping[tuple[int, int], Ref | None] | Cells
     replace: bool = False
-    append: tuple[BlobId, ...] = ()
+    append: tuple[Ref, ...] = ()
 
 
 def apply(store: PagesStore, root: bytes, base: bytes, origin: bytes, changes: Iterable[FrameChange]) -> bytes:
@@ -48,15 +48,15 @@ def apply(store: PagesStore, root: bytes, base: bytes, origin: bytes, changes: I
     return directory.update(store, root, result)
 
 
-def blobs(changes: Iterable[FrameChange]) -> Iterator[BlobId]:
+def blobs(changes: Iterable[FrameChange]) -> Iterator[Ref]:
     """The tiles that changes put."""
     for change in changes:
         yield from change.append
         if isinstance(change.cells, Cells):
             raw = change.cells.raw[change.cells.present, :32]
-            yield from (BlobId(row.tobytes()) for row in raw)
+            yield from (change.shape.ref(row.tobytes()) for row in raw)
         else:
-            yield from (blob for blob in change.cells.values() if blob is not None)
+            yield from (ref for ref in change.cells.values() if ref is not None)
 
 
 def _changed(
@@ -79,7 +79,8 @@ def _changed(
         pages, at = update.NOTHING, root_height(frame.rows, frame.columns)
     else:
         pages, at = update.grow(store, current.root, current.root_height, frame.rows, frame.columns)
-    pages = update.update(store, pages, at, _entries(store, base, origin, change, first_free))
+    cells = _entries(store, base, origin, change, first_free)
+    pages = update.update(store, pages, at, cells, encrypted=frame.encrypted)
     return msgspec.structs.replace(frame, root=pages, root_height=at) if pages else None
 
 
@@ -89,8 +90,8 @@ def _entries(store: PagesStore, base: Frame | None, origin: bytes, change: Frame
         cells = change.cells._replace(raw=change.cells.raw.copy())
         cells.raw[:, 32:] = np.frombuffer(origin, dtype=np.uint8)
     else:
-        put = dict(change.cells) | {(first_free + i, 0): blob for i, blob in enumerate(change.append)}
-        cells = Cells.of({cell: None if blob is None else Entry(blob, origin) for cell, blob in put.items()})
+        put = dict(change.cells) | {(first_free + i, 0): ref for i, ref in enumerate(change.append)}
+        cells = Cells.of({cell: None if ref is None else Entry(ref, origin) for cell, ref in put.items()})
     if base is None or not _same_grid(base, change.shape):
         return cells
     theirs, there = update.look_up(store, base.root, base.root_height, cells.rows, cells.columns)
@@ -100,11 +101,13 @@ def _entries(store: PagesStore, base: Frame | None, origin: bytes, change: Frame
 
 
 def _same_grid(one: Frame, other: Frame) -> bool:
-    return (one.tile_height, one.tile_width, one.content) == (other.tile_height, other.tile_width, other.content)
+    return all(
+        getattr(one, field) == getattr(other, field) for field in ("tile_height", "tile_width", "content", "encrypted")
+    )
 
 
 def _check_same_shape(current: Frame, shape: Frame) -> None:
-    for field in ("content", "dtype", "channels", "tile_height", "tile_width", "level_rule", "halo"):
+    for field in ("content", "dtype", "channels", "tile_height", "tile_width", "level_rule", "halo", "encrypted"):
         if getattr(current, field) != getattr(shape, field):
             raise ConflictError(
                 f"the frame has {field} {getattr(current, field)!r}, not {getattr(shape, field)!r}",

@@ -4,14 +4,14 @@
 checkpoint is the fold at a record, made from the log and the checkpoint before, never from the projection, which has
 no digests. So its bytes follow from the log alone, whoever writes it.
 
-File: magic `HIMCKPT` 1, version u16 (1 has neither retention nor what became of packs), six zeros, sequence number
-u64, end offset of that record in the log u64, its hash (32), digest of these 64 bytes and the body (32), body
-(MessagePack).
+File: magic `HIMCKPT` 1, version u16 (1 has neither retention nor what became of packs, 2 nothing of keys), six zeros,
+sequence number u64, end offset of that record in the log u64, its hash (32), digest of these 64 bytes and the body
+(32), body (MessagePack). Version 3 is written only where there is anything of keys to say.
 """
 
 import struct
-from collections.abc import Iterable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 from blake3 import blake3
@@ -22,6 +22,7 @@ from him.types import (
     AttributeSet,
     Batch,
     CommitRecord,
+    DirectoryWrapped,
     LiveState,
     Operation,
     PackCondemned,
@@ -32,16 +33,21 @@ from him.types import (
     RefSet,
     RetentionSet,
     Sealed,
+    Snapshot,
     SnapshotDropped,
     SnapshotId,
     SnapshotOpened,
+    SnapshotShredded,
     StreamDeclared,
     StreamSpec,
     TilesExpired,
 )
 
 _MAGIC: Final = b"HIMCKPT\x01"
-_VERSION: Final = 2
+_VERSION: Final = 3
+_PLAIN: Final = 2
+_WITH_KEYS: Final = 0x9A
+"""How a body of version 3 begins: an array of ten."""
 _HEAD: Final = struct.Struct("<8sH6sQQ32s")
 _DIGEST: Final = 32
 HEAD_BYTES: Final = _HEAD.size + _DIGEST
@@ -79,6 +85,7 @@ class Fold:
         self._packs = {pack.name: _Pack(pack) for pack in start.packs}
         self._retention = {(stream, task): ttl_s for stream, task, ttl_s in start.retention}
         self._expired = {(stream, origin): before for stream, origin, before in start.expired}
+        self._shredded = set(start.shredded)
 
     def apply(self, records: Iterable[tuple[int, bytes, CommitRecord]]) -> None:
         """Take in records that follow in order."""
@@ -99,6 +106,7 @@ class Fold:
             tuple(pack.state(name) for name, pack in self._packs.items()),
             tuple((*rule, self._retention[rule]) for rule in sorted(self._retention)),
             tuple((*what, self._expired[what]) for what in sorted(self._expired)),
+            tuple(sorted(self._shredded)),
         )
 
     def _apply(self, seq: int, operation: Operation) -> None:
@@ -106,7 +114,7 @@ class Fold:
             case SnapshotOpened():
                 self._snapshots[operation.snapshot_id] = (seq, operation.snapshot())
             case Batch():
-                self._change(operation.snapshot_id, directory=operation.directory)
+                self._replace(operation.snapshot_id, lambda found: found.moved(operation.directory))
             case Sealed():
                 # Kept apart from the snapshots: a time is not given twice, even if its snapshot was dropped.
                 self._lamport = max(self._lamport, operation.lamport)
@@ -115,6 +123,10 @@ class Fold:
                 self._tag(operation)
             case SnapshotDropped():
                 self._snapshots.pop(operation.snapshot_id, None)
+            case DirectoryWrapped():
+                self._replace(operation.snapshot_id, lambda found: found.opened_by(operation.wrap))
+            case SnapshotShredded():
+                self._shredded.add(operation.snapshot_id)
             case RefSet() if operation.snapshot_id:
                 self._refs[operation.name] = (operation.kind, operation.snapshot_id)
             case RefSet():
@@ -151,9 +163,12 @@ class Fold:
                     self._expired[what] = max(operation.before_ns, self._expired.get(what, 0))
 
     def _change(self, snapshot_id: SnapshotId, **fields: object) -> None:
+        self._replace(snapshot_id, lambda found: msgspec.structs.replace(found, **fields))
+
+    def _replace(self, snapshot_id: SnapshotId, change: Callable[[Snapshot], Snapshot]) -> None:
         found = self._snapshots.get(snapshot_id)
         if found is not None:
-            self._snapshots[snapshot_id] = (found[0], msgspec.structs.replace(found[1], **fields))
+            self._snapshots[snapshot_id] = (found[0], change(found[1]))
 
     def _tag(self, operation: AttributeSet) -> None:
         found = self._snapshots.get(operation.snapshot_id)
@@ -164,13 +179,20 @@ class Fold:
             self._change(operation.snapshot_id, tags=tags)
 
 
-_encoder: Final = msgspec.msgpack.Encoder(order="deterministic")
 _decoder: Final = msgspec.msgpack.Decoder(LiveState)
 
 
 def encode(state: LiveState) -> bytes:
     """The body of a checkpoint: canonical MessagePack."""
-    return _encoder.encode(state)
+    body = cast("list[Any]", msgspec.to_builtins(state, builtin_types=(bytes,), order="deterministic"))
+    keyed = (
+        state.shredded or any(one.wraps for _, one in state.snapshots) or any(one.encrypted for one in state.streams)
+    )
+    if not keyed:
+        body.pop()
+        for _, snapshot in body[3]:
+            del snapshot["wraps"]
+    return msgspec.msgpack.encode(body)
 
 
 def load(log: CommitLog, seq: int) -> LiveState:
@@ -210,7 +232,8 @@ def newest(log: CommitLog, *, up_to: int | None = None) -> LiveState:
 
 def encode_file(mark: Mark, body: bytes) -> bytes:
     """The bytes of a checkpoint's file."""
-    head = _HEAD.pack(_MAGIC, _VERSION, bytes(6), mark.seq, mark.end, mark.hash)
+    version = _VERSION if body[0] == _WITH_KEYS else _PLAIN
+    head = _HEAD.pack(_MAGIC, version, bytes(6), mark.seq, mark.end, mark.hash)
     return head + blake3(head + body).digest() + body
 
 

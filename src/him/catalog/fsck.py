@@ -18,7 +18,7 @@ from him.catalog.marker import MARKER, REWRITE, needed_format
 from him.catalog.retention import Expiry, lacks
 from him.catalog.salvage import owners, told_unopened
 from him.config import CHECKPOINT_BYTES_MAX, MENDS_MAX
-from him.errors import HimError, IntegrityError, NotFoundError, StorageError, VersionError
+from him.errors import HimError, IntegrityError, KeyNeededError, NotFoundError, StorageError, VersionError
 from him.pack import format as layout
 from him.pack.check import check_pack
 from him.pack.relist import Repaired, Repairs, repairs
@@ -26,9 +26,21 @@ from him.ports import Disk, File, Progress, Projection, silent
 from him.pyramid import directory, update
 from him.tier.warm import PACK_FOLDER, WarmStore
 from him.tile import codec
-from him.tile.address import KIND_FOOTER, KIND_INDEX, KIND_NAMES, KIND_TILE, blob_id
+from him.tile.address import KIND_FOOTER, KIND_INDEX, KIND_NAMES, KIND_TILE, blob_id, reference
 from him.tile.chunks import CHUNKS
-from him.types import BlobId, Fault, Frame, LiveState, PackRange, PackState, Snapshot, TileKey
+from him.types import (
+    BlobId,
+    Fault,
+    Frame,
+    LiveState,
+    PackRange,
+    PackState,
+    Ref,
+    Secret,
+    Snapshot,
+    TileKey,
+    name_of,
+)
 
 _ADDRESSES: Final = "cache/addresses"
 
@@ -145,10 +157,11 @@ class Fsck:
         live = self._projection.state()
         for number, (_, found) in enumerate(live.snapshots):
             self._progress(number, len(live.snapshots), "snapshots")
-            self._snapshot(found)
+            self._snapshot(self._history.opened(found))
         self._refs(live)
         faults, notes = tuple(self._faults.values()), tuple(self._notes.values())
-        return FsckReport(faults, len(self._expired), 0, len(self._tiles), len(packs), size, notes)
+        shredded = len(live.shredded)
+        return FsckReport(faults, len(self._expired), shredded, len(self._tiles), len(packs), size, notes)
 
     def _beside(self) -> None:
         """What follows from log and packs, and the small files."""
@@ -357,7 +370,9 @@ class Fsck:
         """
         header = found.header
         try:
-            if header.delta_depth or header.codec == CHUNKS:
+            if any(header.key_id):
+                pass  # Its digest holds; what it says is looked at where a snapshot leads to it.
+            elif header.delta_depth or header.codec == CHUNKS:
                 self._store.read_tile(header.blob_id)
             else:
                 tile = header.kind == KIND_TILE
@@ -384,12 +399,12 @@ class Fsck:
         self._history.refresh()
         return self._store.has(blob)
 
-    def _lacks(self, blob: BlobId) -> bool:
+    def _lacks(self, ref: Ref) -> bool:
         """Whether something that a tile is made of is not stored, as far as the log goes now."""
-        if not lacks(self._store, blob):
+        if not lacks(self._store, ref):
             return False
         self._history.refresh()
-        return lacks(self._store, blob)
+        return lacks(self._store, ref)
 
     def _parity(self) -> None:
         if self._store.parity is not None:
@@ -433,8 +448,11 @@ class Fsck:
         roots += [(parent.directory, parent.snapshot_id) for parent in found.parents]
         for root, name in roots:
             for frame in self._frames(root, name):
-                for key, blob, origin in self._cells(frame, name):
+                for key, ref, origin in self._cells(frame, name):
+                    blob = name_of(ref)
                     self._tiles.add((blob, origin))
+                    if isinstance(ref, Secret):
+                        self._decrypted(ref)
                     partless = blob in self._partless
                     if partless or blob in self._damaged or not self._store.has(blob):
                         if blob not in self._damaged and expiry.covers_one(frame.stream, origin):
@@ -445,6 +463,23 @@ class Fsck:
                         error = IntegrityError(f"tile is {what}", object=f"{name} {key}", place=place)
                         self._fault(error, "tile", remedy.HEAL)
 
+    def _decrypted(self, ref: Secret) -> None:
+        """Whether an encrypted tile holds what its secret names."""
+        if ref in self._seen or not self._store.has(ref):
+            return
+        self._seen.add(ref)
+        try:
+            found = self._store.read(ref)
+            if reference(KIND_TILE, found.meta, self._store.payload(ref), self._store.hash_key) != ref:
+                raise IntegrityError("tile has another identity", object=ref.hex(), place=self._store.place(ref))
+        except KeyNeededError:
+            return  # It opens, and without the repository's hash key no more can be said.
+        except IntegrityError as error:
+            if self._lacks(ref):
+                self._partless.add(ref.blob_id)
+            else:
+                self._fault(error, "record", remedy.HEAL)
+
     def _frames(self, root: bytes, snapshot: str) -> Iterator[Frame]:
         """Frames under directory nodes not visited before."""
         if not root or root in self._seen:
@@ -452,6 +487,10 @@ class Fsck:
         self._seen.add(root)
         try:
             node = directory.children(self._store, root)
+        except KeyNeededError as error:
+            text = "it is encrypted, and what it holds was not looked at"
+            self._note(Fault(snapshot, "log", text, error.fix, "record"))
+            return
         except HimError as error:
             self._within(error, snapshot)
             return
@@ -461,13 +500,13 @@ class Fsck:
         else:
             yield from node
 
-    def _cells(self, frame: Frame, snapshot: str) -> Iterator[tuple[TileKey, BlobId, bytes]]:
+    def _cells(self, frame: Frame, snapshot: str) -> Iterator[tuple[TileKey, Ref, bytes]]:
         if not frame.root or frame.root in self._seen:
             return
         self._seen.add(frame.root)
         try:
             for row, column, entry in update.scan(self._store, frame.root, frame.root_height):
-                yield TileKey(frame.stream, frame.name, 0, row, column), entry.blob_id, entry.origin
+                yield TileKey(frame.stream, frame.name, 0, row, column), entry.ref, entry.origin
         except HimError as error:
             self._within(error, f"{snapshot} {frame}")
 

@@ -33,6 +33,8 @@ from him.types import (
     PackFinished,
     PackRemoved,
     PackState,
+    Ref,
+    Secret,
     TilesExpired,
 )
 
@@ -88,7 +90,7 @@ class Marks:
         self._nodes: set[bytes] = set()
         self._fresh: list[NDArray[np.uint64]] = []
         self._known: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
-        self._documents: list[bytes] = []
+        self._documents: list[Ref] = []
 
     def directory(self, root: bytes, *, held: bool = False) -> None:
         """Mark all that a directory reaches; held, what retention has let go too."""
@@ -110,11 +112,11 @@ class Marks:
         self._documents = []
         for held in rows.values():
             deep = held[held["depth"] > 0]
-            found += [blob.tobytes() for blob in deep["blob"][self.has(deep)]]
+            found += [BlobId(blob.tobytes()) for blob in deep["blob"][self.has(deep)]]
         while found:
-            blob = found.pop()
-            if self._visit("parts", blob):
-                made_of = self._store.made_of(BlobId(blob))
+            ref = found.pop()
+            if self._visit("parts", ref):
+                made_of = self._store.made_of(ref)
                 self._mark(made_of)
                 found += made_of
 
@@ -148,20 +150,21 @@ class Marks:
         # The same page may stand in a stream that lets go and in one that does not, in documents and in arrays.
         if not self._visit(f"{frame.content}:{expiring}{':held' * held}" if expiring else frame.content, blob):
             return
-        raw = page.load(self._store, blob, height).entries()
+        found = page.load(self._store, blob, height)
+        raw, names = found.entries(), found.names()
         if height:
             for child in raw:
-                self._page(frame, child.tobytes(), height - 1, expiring, held=held)
+                self._page(frame, found.refers(child.tobytes()), height - 1, expiring, held=held)
             return
         if expiring:
             gone = self._expiry.covers(expiring, raw[:, 32:])
             if held:
                 # A hold keeps what is still there: it may have come after parts of it went.
-                gone[gone] = [lacks(self._store, BlobId(row.tobytes())) for row in raw[gone][:, :32]]
-            raw = raw[~gone]
-        self._fresh.append(prefixes(raw[:, :32]))
+                gone[gone] = [lacks(self._store, found.refers(row.tobytes())) for row in raw[gone]]
+            raw, names = raw[~gone], names[~gone]
+        self._fresh.append(prefixes(names))
         if self._every or frame.content == "bytes":
-            self._documents += [row.tobytes() for row in raw[:, :32]]
+            self._documents += [found.refers(row.tobytes()) for row in raw]
 
     def _visit(self, how: str, blob: bytes) -> bool:
         if (how, blob) in self._seen:
@@ -172,9 +175,10 @@ class Marks:
             self._mark([blob])
         return True
 
-    def _mark(self, blobs: Sequence[bytes]) -> None:
-        if blobs:
-            self._fresh.append(prefixes(np.frombuffer(b"".join(blobs), dtype=np.uint8).reshape(-1, 32)))
+    def _mark(self, refs: Sequence[bytes]) -> None:
+        if refs:
+            names = b"".join(ref.blob_id if isinstance(ref, Secret) else ref for ref in refs)
+            self._fresh.append(prefixes(np.frombuffer(names, dtype=np.uint8).reshape(-1, 32)))
 
 
 class Collector:
@@ -258,7 +262,8 @@ class Collector:
         for number, (_, found) in enumerate(sorted(live.snapshots, key=lambda one: not retention.held(one[1]))):
             self._progress(number, len(live.snapshots), "marking")
             held = retention.held(found)
-            for root in (found.directory, *(parent.directory for parent in found.parents)):
+            there = self._history.opened(found)
+            for root in (there.directory, *(parent.directory for parent in there.parents)):
                 marks.directory(root, held=held)
         for root in roots:
             marks.directory(root)
@@ -337,7 +342,7 @@ class Collector:
             marks = Marks(self._store, Expiry(self._projection.expired()), every=True)
             live = {found.directory for _, found in self._projection.state().snapshots}
             for root in roots:
-                if root not in live:
+                if (root.blob_id if isinstance(root, Secret) else root) not in live:
                     marks.directory(root)
             marks.parts({})
             return marks

@@ -16,10 +16,11 @@ from typing import Final
 import msgspec
 
 from him.catalog import changes as changing
-from him.catalog import checkpoint
+from him.catalog import checkpoint, keys
 from him.catalog.changes import FrameChange
 from him.catalog.checkpoint import Fold
 from him.catalog.group import Begun, Queue, Request
+from him.catalog.keys import DirectoryKeys
 from him.catalog.lease import Lease, Leases
 from him.catalog.log import parsed
 from him.catalog.retention import first_gone, held, rules
@@ -30,12 +31,14 @@ from him.errors import (
     ExpiredError,
     HimError,
     IntegrityError,
+    KeyNeededError,
     NotFoundError,
     SealedError,
+    ShreddedError,
     UsageError,
 )
 from him.pack.format import Rows, rows_of
-from him.ports import Clock, CommitLog, Memo, Projection, Rng
+from him.ports import Clock, CommitLog, KeyRing, Memo, Projection, Rng
 from him.pyramid import directory, levels
 from him.tier.warm import WarmStore
 from him.tile import codec
@@ -44,20 +47,25 @@ from him.types import (
     SNAPSHOT_PREFIX,
     AttributeSet,
     Batch,
+    BlobId,
     CommitRecord,
+    KeyEntry,
     LiveState,
     Operation,
     PackFinished,
     PackRange,
     PackState,
     Parent,
+    Ref,
     RefSet,
     RetentionSet,
     Sealed,
+    Secret,
     Snapshot,
     SnapshotDropped,
     SnapshotId,
     SnapshotOpened,
+    SnapshotShredded,
     StreamDeclared,
     StreamSpec,
     checked_name,
@@ -94,8 +102,10 @@ class History:
         writer: str,
         *,
         read_only: bool = False,
+        ring: KeyRing | None = None,
     ) -> None:
         self.log = log
+        self.keys = DirectoryKeys(ring, rng)
         self.leases = Leases(store.disk, read_only=read_only)
         self._projection = projection
         self._store = store
@@ -193,14 +203,23 @@ class History:
         if found is None and name.startswith(SNAPSHOT_PREFIX) and len(name) > len(SNAPSHOT_PREFIX) + 5:
             matches = [one for one in self._projection.snapshots() if one.snapshot_id.startswith(name)]
             found = matches[0] if len(matches) == 1 else None
+        if found is None and name in self._projection.shredded():
+            raise ShreddedError("the snapshot was shredded", object=name)
         if found is None:
             raise NotFoundError(f"no snapshot, branch or tag is called {name!r}", object=name)
-        return found
+        return self.opened(found)
 
     def snapshots(self) -> list[Snapshot]:
         """All snapshots, oldest first."""
         self.refresh()
-        return list(self._projection.snapshots())
+        return [*map(self.opened, self._projection.snapshots())]
+
+    def opened(self, found: Snapshot) -> Snapshot:
+        """A snapshot of the projection whose directories are secrets, where they are encrypted and the keys are there.
+
+        A parent that is shredded has no directory. Raises IntegrityError.
+        """
+        return self.keys.opened(found, self._projection.shredded()) if found.wraps else found
 
     def refs(self) -> dict[str, tuple[str, str]]:
         """Name → (kind, snapshot id)."""
@@ -209,11 +228,38 @@ class History:
 
     def stream(self, name: str) -> StreamSpec:
         """The declared stream. Raises NotFoundError."""
-        found = STREAMS.get(name) or self._projection.streams().get(name)
+        found = self._projection.streams().get(name) or STREAMS.get(name)
         if found is None:
             known = ", ".join([*STREAMS, *self._projection.streams()])
             raise NotFoundError(f"no stream is called {name!r}", object=name, fix=f"declare it, or use one of: {known}")
         return found
+
+    def directory(self, name: str, wanted: bytes) -> Ref:
+        """How to refer to a directory (by its blob_id) that a snapshot has, or had: a secret, if it has it now."""
+        with contextlib.suppress(NotFoundError):
+            found = self.snapshot(name)
+            if isinstance(found.directory, Secret) and found.directory.blob_id == wanted:
+                return found.directory
+        return BlobId(wanted)
+
+    def trace_key(self, found: Snapshot) -> KeyEntry | None:
+        """What the traces of a snapshot are encrypted with; None where nothing of it is encrypted.
+
+        Raises:
+            StorageError: the key ring could not be written.
+        """
+        if not isinstance(found.directory, Secret):
+            return None
+        entry = self.keys.traced(found.snapshot_id, make=False)
+
+        def made() -> None:
+            nonlocal entry
+            entry = self.keys.traced(found.snapshot_id, make=True)
+
+        if entry is None:
+            with self._turn:
+                self.log.commit(made)
+        return entry
 
     def base_directory(self, found: Snapshot) -> bytes:
         """The first parent's directory at branching, or the empty one."""
@@ -301,6 +347,8 @@ class History:
                 root = self._levels(found.directory)
                 self.append(partial(self._sealing, found, root))
                 found = self.snapshot(found.snapshot_id)
+            if found.wraps:
+                self.tidy_keys()
             return found
 
     def finish_packs(self) -> list[str]:
@@ -355,7 +403,8 @@ class History:
     def retention(self) -> dict[tuple[str, str], int]:
         """All rules that hold: (stream, task or "") → seconds."""
         self.refresh()
-        return rules([*STREAMS.values(), *self._projection.streams().values()], self._projection.retention())
+        declared = {**STREAMS, **self._projection.streams()}
+        return rules(declared.values(), self._projection.retention())
 
     def set_attribute(self, name: str, key: str, value: str | None) -> None:
         """Set (or, with None, remove) a key-value pair on a snapshot."""
@@ -374,14 +423,77 @@ class History:
         _check_stream(spec)
 
         def build() -> Sequence[Operation]:
-            known = STREAMS.get(spec.name) or self._projection.streams().get(spec.name)
-            if known == spec:
-                return ()
+            known = self._projection.streams().get(spec.name) or STREAMS.get(spec.name)
+            if known is not None and msgspec.structs.replace(known, encrypted=spec.encrypted) == spec:
+                return ()  # That it is encrypted by now does not make it another.
             if known is not None:
                 raise ConflictError("a stream of that name is declared otherwise", object=spec.name)
             return [StreamDeclared(spec)]
 
         self.append(build)
+
+    def encrypt(self, specs: Sequence[StreamSpec]) -> None:
+        """From now on encrypt the frames of streams that are put or replaced; those that are there stay as they are.
+
+        Raises:
+            KeyNeededError: no key ring is at hand.
+        """
+        if self.keys.ring is None:
+            raise KeyNeededError("there is no key ring to encrypt with", fix="make one first: `him keys create`")
+
+        def build() -> Sequence[Operation]:
+            known = {**STREAMS, **self._projection.streams()}
+            wanted = [msgspec.structs.replace(known.get(spec.name, spec), encrypted=True) for spec in specs]
+            return [StreamDeclared(spec) for spec in wanted if known.get(spec.name) != spec]
+
+        self.append(build)
+
+    def shred(self, name: str) -> Snapshot:
+        """Drop a snapshot and destroy the keys that open it: what only it reached cannot be read by anybody any more.
+
+        Run again after a break it goes on. What other snapshots reach stays readable; those that began with this one
+        forget that.
+
+        Raises:
+            ConflictError: as `drop`; or nothing of it is encrypted.
+            KeyNeededError: the keys are not at hand.
+        """
+        if self.keys.ring is None:
+            raise KeyNeededError("there is no key ring to destroy keys of", object=name)
+        found = self.snapshot(name)
+        self.keys.check(found)
+        if not isinstance(found.directory, Secret):
+            fix = f"delete it: `him snap delete {found.snapshot_id}`"
+            raise ConflictError("nothing of the snapshot is encrypted", object=found.snapshot_id, fix=fix)
+
+        def build() -> Sequence[Operation]:
+            self._check_droppable(found)
+            others = (one for one in self._projection.snapshots() if one.snapshot_id != found.snapshot_id)
+            renewed = [operation for one in others for operation in self.keys.renewed(self.opened(one))]
+            return [SnapshotDropped(found.snapshot_id), SnapshotShredded(found.snapshot_id), *renewed]
+
+        self.append(build)
+        self.tidy_keys(dropped=True)
+        return found
+
+    def tidy_keys(self, *, dropped: bool = False) -> None:
+        """Destroy the keys that open nothing any more that is to be opened.
+
+        Args:
+            dropped: those of dropped snapshots too.
+
+        Raises:
+            StorageError: the ring could not be written; run it again.
+        """
+        if self.keys.ring is None:
+            return
+
+        def destroyed() -> None:
+            self.refresh()
+            self.keys.tidy(self._projection.state(), dropped=dropped)
+
+        with self._turn:
+            self.log.commit(destroyed)
 
     def drop(self, name: str) -> Snapshot:
         """Stop listing a snapshot; its bytes stay until garbage collection.
@@ -393,22 +505,25 @@ class History:
         found = self.snapshot(name)
 
         def build() -> Sequence[Operation]:
-            if held(self.snapshot(found.snapshot_id)):
-                raise ConflictError(
-                    "a legal hold is on the snapshot", object=found.snapshot_id,
-                    fix=f"release it first: `him snap hold {found.snapshot_id} --release`",
-                )  # fmt: skip
-            holders = [ref for ref, (_, held) in self._projection.refs().items() if held == found.snapshot_id]
-            if holders:
-                raise ConflictError(
-                    f"the snapshot is named by {', '.join(holders)}",
-                    object=found.snapshot_id,
-                    fix=f"delete the name first: `him branch {holders[0]} --delete`",
-                )
+            self._check_droppable(found)
             return [SnapshotDropped(found.snapshot_id)]
 
         self.append(build)
         return found
+
+    def _check_droppable(self, found: Snapshot) -> None:
+        if held(self.snapshot(found.snapshot_id)):
+            raise ConflictError(
+                "a legal hold is on the snapshot", object=found.snapshot_id,
+                fix=f"release it first: `him snap hold {found.snapshot_id} --release`",
+            )  # fmt: skip
+        holders = [ref for ref, (_, held) in self._projection.refs().items() if held == found.snapshot_id]
+        if holders:
+            raise ConflictError(
+                f"the snapshot is named by {', '.join(holders)}",
+                object=found.snapshot_id,
+                fix=f"delete the name first: `him branch {holders[0]} --delete`",
+            )
 
     # -- what another repository wrote (catalog/transfer.py)
 
@@ -469,7 +584,8 @@ class History:
         now = self.snapshot(expected.snapshot_id)
         if now.sealed or now.directory != expected.directory:
             return ()
-        return [Sealed(now.snapshot_id, now.directory, root, self._projection.lamport() + 1)]
+        sealed = Sealed(now.snapshot_id, _name(now.directory), root, self._projection.lamport() + 1)
+        return [sealed, *self.keys.wrapped(now.snapshot_id, now.directory, keys.SEALED)]
 
     def _opening(
         self,
@@ -480,11 +596,15 @@ class History:
         tags: Mapping[str, str],
         provenance: Mapping[str, str],
     ) -> list[Operation]:
-        parents = () if source is None else (Parent(source.snapshot_id, source.directory),)
-        start = directory.EMPTY if source is None else source.directory
+        root = directory.EMPTY if source is None else source.directory
+        start = _name(root)
+        parents = () if source is None else (Parent(source.snapshot_id, start),)
         operations: list[Operation] = [
             SnapshotOpened(new_id, parents, now, self._writer, start, "lww", dict(provenance))
         ]
+        if source is not None:
+            self.keys.check(source)
+            operations += self.keys.wrapped(new_id, root, keys.BASE, source.snapshot_id)
         operations += [AttributeSet(new_id, key, value) for key, value in sorted(tags.items())]
         if branch is not None:
             operations.append(RefSet(branch, BRANCH, new_id))
@@ -496,7 +616,7 @@ class History:
             raise NotFoundError("the snapshot was deleted", object=target)
         if found.sealed:
             raise SealedError("the snapshot is sealed", object=target)
-        return found
+        return self.opened(found)
 
     def append(self, build: Build, *, blobs: bool = False) -> None:
         """Commit operations that are no batch in a record of their own.
@@ -552,13 +672,14 @@ class History:
                 before = staged.get(request.target, found.directory)
                 base, origin = self.base_directory(found), snapshot_bytes(request.target)
                 after = changing.apply(self._store, before, base, origin, request.changes)
+                opening = self.keys.wrapped(request.target, after, keys.OPEN) if after != before else []
             except HimError as error:
                 request.fail(error)
                 continue
             request.result = msgspec.structs.replace(found, directory=after)
             if after != before:
                 staged[request.target] = after
-                operations.append(Batch(request.target, before, after))
+                operations += [Batch(request.target, _name(before), _name(after)), *opening]
         return operations
 
     def _record(self, build: Build, *, blobs: bool = False) -> None:
@@ -671,6 +792,11 @@ class History:
 
     def _encoded(self, operations: Sequence[Operation]) -> bytes:
         return msgspec.msgpack.encode(CommitRecord(self._clock.now_ns(), self._writer, tuple(operations)))
+
+
+def _name(root: bytes) -> bytes:
+    """What a directory is called on the outside; of the empty one nothing."""
+    return root.blob_id if isinstance(root, Secret) else root
 
 
 def _check_stream(spec: StreamSpec) -> None:

@@ -12,13 +12,23 @@ import msgspec
 from him.config import REPOSITORY_FORMAT
 from him.errors import IntegrityError, VersionError
 from him.sealed import holds, sealed
-from him.types import Operation, PackCondemned, PackRemoved, RetentionSet, TilesExpired
+from him.types import (
+    DirectoryWrapped,
+    Operation,
+    PackCondemned,
+    PackRemoved,
+    RetentionSet,
+    SnapshotShredded,
+    TilesExpired,
+)
 
 MARKER: Final = "him.json"
 MARKER_BYTES_MAX: Final = 4096
 REWRITE: Final = "run `him fsck --rebuild`: it is written again from what packs and log say"
 _UNSEALED_FORMAT_MAX: Final = 2
-_SINCE: Final[dict[type[Operation], int]] = {PackCondemned: 2, PackRemoved: 2, RetentionSet: 2, TilesExpired: 2}
+_SINCE: Final[dict[type[Operation], int]] = {
+    PackCondemned: 2, PackRemoved: 2, RetentionSet: 2, TilesExpired: 2, DirectoryWrapped: 3, SnapshotShredded: 3,
+}  # fmt: skip
 """The format that first had an operation; those that are not named were always there."""
 _ID_DIGITS: Final = 32
 
@@ -34,9 +44,9 @@ class Marker(msgspec.Struct, frozen=True):
         """The bytes of the file."""
         return sealed(self)
 
-    def raised(self) -> "Marker":
-        """The marker once records of the newest format are written."""
-        return msgspec.structs.replace(self, format=max(self.format, REPOSITORY_FORMAT))
+    def raised(self, format: int) -> "Marker":
+        """The marker once records of a format are written."""
+        return msgspec.structs.replace(self, format=max(self.format, format))
 
 
 class _Header(msgspec.Struct):

@@ -19,7 +19,7 @@ from him.pyramid.page import Page
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import tile_id
-from him.types import BlobId, Box, Entry, Frame, TileId, TileKey, TileMeta, snapshot_id, tile_id_text
+from him.types import Box, Entry, Frame, Ref, TileId, TileKey, TileMeta, snapshot_id, tile_id_text
 
 Array = NDArray[np.generic]
 CRITICAL: Final = "critical"
@@ -99,7 +99,7 @@ class SnapshotReader:
     def tile_id(self, key: TileKey) -> TileId:
         """Identity of a present tile. Raises NotFoundError."""
         entry = self.present(key)
-        return tile_id(key, entry.origin, entry.blob_id)
+        return tile_id(key, entry.origin, entry.ref)
 
     def tile(self, key: TileKey) -> Array | bytes:
         """Verified values at true extent, read-only; a document's bytes.
@@ -111,9 +111,9 @@ class SnapshotReader:
         """
         with self._expiring([key]):
             entry = self.present(key)
-            if key.level == 0 or self._store.has(entry.blob_id):
-                values = self._store.read_tile(entry.blob_id)
-                self.was_read([entry.blob_id])
+            if key.level == 0 or self._store.has(entry.ref):
+                values = self._store.read_tile(entry.ref)
+                self.was_read([entry.ref])
                 return values
             values = levels.read(self._store, _Forgetful(), self.frame(key.stream, key.frame), key.level, key.y, key.x)
             assert values is not None
@@ -138,36 +138,34 @@ class SnapshotReader:
             return False
         frame, side = self.frame(key.stream, key.frame), 1 << key.level
         cells = update.scan(self._store, frame.root, frame.root_height, Box(key.x * side, key.y * side, side, side))
-        return any(
-            expiry.covers_one(key.stream, found.origin) and lacks(self._store, found.blob_id) for *_, found in cells
-        )
+        return any(expiry.covers_one(key.stream, found.origin) and lacks(self._store, found.ref) for *_, found in cells)
 
     def tiles(self, keys: Sequence[TileKey]) -> list[Array | bytes]:
         """`tile` of each key, in the order asked for; level 0 is read in the order it lies in, on several threads."""
         with self._expiring(keys):
             self._bring_pages(keys)
             entries = [self.present(key) for key in keys]
-            stored = [at for at, key in enumerate(keys) if key.level == 0 or self._store.has(entries[at].blob_id)]
-            blobs = [entries[at].blob_id for at in stored]
-            found = dict(zip(stored, self._store.read_tiles(blobs), strict=True))
-            self.was_read(blobs)
+            stored = [at for at, key in enumerate(keys) if key.level == 0 or self._store.has(entries[at].ref)]
+            refs = [entries[at].ref for at in stored]
+            found = dict(zip(stored, self._store.read_tiles(refs), strict=True))
+            self.was_read(refs)
             return [found[at] if at in found else self.tile(key) for at, key in enumerate(keys)]
 
     @contextmanager
     def view(self, key: TileKey) -> Generator[Array | bytes]:
         """A tile without copying where it is stored raw; its place in the pack is locked while the array lives."""
         entry = self.present(key)
-        if key.level and not self._store.has(entry.blob_id):
+        if key.level and not self._store.has(entry.ref):
             yield self.tile(key)
             return
-        with self._expiring([key]), self._store.view(entry.blob_id) as values:
-            self.was_read([entry.blob_id])
+        with self._expiring([key]), self._store.view(entry.ref) as values:
+            self.was_read([entry.ref])
             yield values
 
-    def was_read(self, blobs: Sequence[BlobId]) -> None:
-        """Keep tiles of a critical snapshot on this disk: whoever reads them by their blobs tells so."""
+    def was_read(self, refs: Sequence[Ref]) -> None:
+        """Keep tiles of a critical snapshot on this disk: whoever reads them by their references tells so."""
         if self._critical:
-            self._store.keep(blobs)
+            self._store.keep(refs)
 
     def meta(self, key: TileKey) -> TileMeta:
         """What is known of a tile without its values; one that retention has let go takes 0 bytes.
@@ -179,16 +177,16 @@ class SnapshotReader:
         frame = self.frame(key.stream, key.frame)
         plain = frame if key.level else msgspec.structs.replace(frame, level_rule="none")
         shape, dtype, parent, size = levels.shape_at(plain, key.level, key.y, key.x), frame.dtype, None, 0
-        if self._store.has(entry.blob_id) or not self._gone(key):
-            found = self._store.read(entry.blob_id)
+        if self._store.has(entry.ref) or not self._gone(key):
+            found = self._store.read(entry.ref)
             shape, dtype = codec.shape_and_dtype(found.meta)
             if found.delta_depth:
                 parent = tile_id_text(tile_id(key, self._store.read(found.delta_base).origin, found.delta_base))
-            size = self._store.size_of(entry.blob_id)
+            size = self._store.size_of(entry.ref)
         return TileMeta(
-            tile_id_text(tile_id(key, entry.origin, entry.blob_id)), key.stream, key.frame,
+            tile_id_text(tile_id(key, entry.origin, entry.ref)), key.stream, key.frame,
             snapshot_id(entry.origin), key.level, key.x, key.y, shape, dtype, parent, frame.halo,
-            entry.blob_id.hex(), size,
+            entry.ref.hex(), size,
         )  # fmt: skip
 
     def keys(self, stream: str, name: str, window: Box | None = None) -> Iterator[TileKey]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from him.errors import IntegrityError, VersionError
 from him.pyramid import directory, update
 from him.tier.warm import WarmStore
-from him.types import BlobId, Operation, Snapshot, StreamSpec, TileKey, TilesExpired, snapshot_bytes
+from him.types import Operation, Ref, Snapshot, StreamSpec, TileKey, TilesExpired, snapshot_bytes
 
 HOLD: Final = "hold"
 """The attribute that keeps a snapshot, and all it reaches, whatever rules say; its value is the reason."""
@@ -57,15 +57,15 @@ class Expiry:
         return self.touches(stream) and bool(self.covers(stream, np.frombuffer(origin, np.uint8).reshape(1, -1))[0])
 
 
-def lacks(store: WarmStore, blob: BlobId) -> bool:
+def lacks(store: WarmStore, ref: Ref) -> bool:
     """Whether a tile, or something it is made of, is not stored at all; what is damaged is stored."""
-    waiting = [blob]
+    waiting = [ref]
     with suppress(IntegrityError, VersionError):
         while waiting:
-            blob = waiting.pop()
-            if not store.has(blob):
+            ref = waiting.pop()
+            if not store.has(ref):
                 return True
-            waiting += store.parts(store.read(blob))
+            waiting += store.parts(store.read(ref))
     return False
 
 
@@ -75,7 +75,7 @@ def first_gone(store: WarmStore, root: bytes) -> str:
     for frame in directory.scan(store, root):
         if frame.root and expiry.touches(frame.stream):
             for row, column, entry in update.scan(store, frame.root, frame.root_height):
-                if expiry.covers_one(frame.stream, entry.origin) and lacks(store, entry.blob_id):
+                if expiry.covers_one(frame.stream, entry.origin) and lacks(store, entry.ref):
                     return str(TileKey(frame.stream, frame.name, 0, row, column))
     return ""
 

@@ -15,7 +15,7 @@ from him.pyramid import directory, page, update
 from him.tier.warm import WarmStore
 from him.tile import codec
 from him.tile.address import KIND_NAMES, KIND_TILE, prefixes
-from him.types import Frame, PackState
+from him.types import Frame, PackState, name_of
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -120,7 +120,7 @@ def measure(history: History, projection: Projection, store: WarmStore, progress
         counted: dict[tuple[str, bytes, int, int], tuple[int, int]] = {}
         for number, (_, found) in enumerate(state.snapshots):
             progress(number, len(state.snapshots), "snapshots")
-            for frame in directory.scan(store, found.directory):
+            for frame in directory.scan(store, history.opened(found).directory):
                 _count(store, frame, tallies.setdefault(frame.stream, _Tally()), counted)
         streams = tuple(_stream(name, tallies[name], records) for name in sorted(tallies))
         kinds = np.concatenate([held["kind"] for held in rows.values()]) if rows else np.zeros(0, np.uint8)
@@ -185,9 +185,10 @@ def _count(
 def _leaves(store: WarmStore, frame: Frame) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Blobs (n, 32) and plain sizes (n) of a frame's tiles, some at a time."""
     if frame.content == "bytes":
-        blobs = [entry.blob_id for _, _, entry in update.scan(store, frame.root, frame.root_height)]
-        sizes = [store.read(blob).raw_size if store.has(blob) else 0 for blob in blobs]
-        yield np.frombuffer(b"".join(blobs), np.uint8).reshape(-1, 32), np.array(sizes, np.int64)
+        refs = [entry.ref for _, _, entry in update.scan(store, frame.root, frame.root_height)]
+        sizes = [store.read(ref).raw_size if store.has(ref) else 0 for ref in refs]
+        names = b"".join(map(name_of, refs))
+        yield np.frombuffer(names, np.uint8).reshape(-1, 32), np.array(sizes, np.int64)
         return
     item = codec.DTYPES[frame.dtype].itemsize * max(1, frame.channels)
     for at, leaf in _pages(store, frame.root, frame.root_height, (0, 0)):
@@ -195,7 +196,7 @@ def _leaves(store: WarmStore, frame: Frame) -> Iterator[tuple[NDArray[np.uint8],
         columns = np.array([at[1] + slot % page.PAGE_SIDE for slot, _ in leaf.slots()], np.int64)
         high = np.minimum(frame.tile_height, frame.height - cells * frame.tile_height)
         wide = np.minimum(frame.tile_width, frame.width - columns * frame.tile_width)
-        yield leaf.entries()[:, :32], high * wide * item
+        yield leaf.names(), high * wide * item
 
 
 def _pages(
@@ -210,7 +211,7 @@ def _pages(
         return
     for slot, child in found.slots():
         corner = at[0] + slot // page.PAGE_SIDE * step, at[1] + slot % page.PAGE_SIDE * step
-        yield from _pages(store, child, height - 1, corner)
+        yield from _pages(store, found.refers(child), height - 1, corner)
 
 
 def _stream(name: str, tally: _Tally, records: _Records) -> StreamStats:

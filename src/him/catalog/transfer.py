@@ -40,11 +40,13 @@ from him.types import (
     Operation,
     RefSet,
     Sealed,
+    Secret,
     Snapshot,
     SnapshotId,
     SnapshotOpened,
     StreamDeclared,
     StreamSpec,
+    name_of,
     snapshot_bytes,
 )
 
@@ -131,6 +133,12 @@ def _transferred(
     source: Side, target: Side, begun: Begun, refs: Sequence[str] | None, *, force: bool, progress: Progress | None
 ) -> TransferReport:
     plan = _planned(source.history, target.history, refs)
+    for one in plan.snapshots:
+        if any(isinstance(root, Secret) for root in (one.directory, *(parent.directory for parent in one.parents))):
+            raise ConflictError(
+                "the snapshot holds encrypted frames, whose keys are this repository's alone", object=one.snapshot_id,
+                fix="copy the whole folder, or its cold tier: `him restore`",
+            )  # fmt: skip
     theirs = target.history.refs()
     _moves(plan, theirs, force=force)
     target.history.prepare()
@@ -304,7 +312,7 @@ def _twins(one: Snapshot, plan: _Plan, theirs: Refs, complete: set[bytes]) -> li
         if name in theirs and theirs[name][1] in plan.there
     ]
     found.update(dict.fromkeys(root for root in heads if root in complete))
-    return [root for root in found if root][:TRANSFER_TWINS_MAX]
+    return [root for root in found if root and not isinstance(root, Secret)][:TRANSFER_TWINS_MAX]
 
 
 def _operations(one: Snapshot) -> list[Operation]:
@@ -553,7 +561,7 @@ class _Sender:
         if codec.parse_header(whole.meta).dtype == "bytes":
             parts = [codec.encode_bytes(bytes(part)) for part in chunks.split(self._source.store.payload(blob))]
             drafts = [
-                Draft(KIND_TILE, one.codec, one.blob_id, one.header, one.stored, len(one.payload)) for one in parts
+                Draft(KIND_TILE, one.codec, name_of(one.ref), one.header, one.stored, len(one.payload)) for one in parts
             ]
             self._put(drafts, again=True)
 
@@ -576,4 +584,4 @@ def _parts(draft: Draft) -> list[BlobId]:
     if draft.codec != CHUNKS or draft.kind != KIND_TILE:
         return []
     listed = chunks.decode_list(draft.stored, math.prod(codec.parse_header(draft.meta).shape))
-    return list(dict.fromkeys(chunk.blob_id for chunk in listed))
+    return list(dict.fromkeys(name_of(chunk.ref) for chunk in listed))

@@ -43,6 +43,7 @@ def register(program: typer.Typer) -> None:
     command(snap, "show", ["him snap show main", "him snap show main --json"], within="snap")(show)
     command(snap, "diff", ["him snap diff main experiment"], within="snap")(diff)
     command(snap, "delete", ["him snap delete snp_01JD0Q4M8R3V5X7Z9B1C3D5F7H"], within="snap")(delete)
+    command(snap, "shred", ["him snap shred snp_01JD0Q4M8R3V5X7Z9B1C3D5F7H"], within="snap")(shred)
     command(
         snap,
         "hold",
@@ -301,6 +302,14 @@ def delete(context: typer.Context, name: NameArgument, repo: RepoOption = None, 
         known = repository.snapshot(name).id
         repository.delete_snapshot(name)
     session.json({"deleted": known}) if json else session.say(f"deleted {known}")
+
+
+def shred(context: typer.Context, name: NameArgument, repo: RepoOption = None, json: JsonOption = False) -> None:
+    """Drop a snapshot and destroy its keys: what only it reached can be read by nobody any more, from no copy."""
+    session = session_of(context)
+    with session.repository(repo) as repository:
+        gone = repository.shred(name).snapshot_id
+    session.json({"shredded": gone}) if json else session.say(f"shredded {gone}")
 
 
 def hold(

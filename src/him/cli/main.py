@@ -14,6 +14,7 @@ from him.cli import (
     demo,
     garbage,
     history,
+    keys,
     remember,
     service,
     simulation,
@@ -61,7 +62,22 @@ def root(
     """Carry the options of the program itself; its text is `ABOUT`."""
 
 
-for room in (history, remember, ask, tiles, caches, tiers, garbage, transfer, care, upkeep, service, simulation, demo):
+for room in (
+    history,
+    remember,
+    ask,
+    tiles,
+    caches,
+    tiers,
+    garbage,
+    keys,
+    transfer,
+    care,
+    upkeep,
+    service,
+    simulation,
+    demo,
+):
     room.register(program)
 
 

@@ -43,7 +43,7 @@ Rows = NDArray[np.void]
 
 
 class RecordHeader(NamedTuple):
-    """The fixed part of a record. Fields that later work fills (delta, key, parity) are zero until then."""
+    """The fixed part of a record; `key_id` and `nonce` are zero where it is not encrypted, flags and group always."""
 
     kind: int
     codec: int
@@ -77,7 +77,10 @@ class Record(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """What a record will hold, before its place is known. A delta names the blob it changes and its depth."""
+    """What a record will hold, before its place is known. A delta names the blob it changes and its depth.
+
+    With a `key_id` it is encrypted already (`pack.encrypted`).
+    """
 
     kind: int
     codec: int
@@ -88,6 +91,8 @@ class Draft(NamedTuple):
     origin: bytes = _NO_ID
     delta_base: bytes = bytes(32)
     delta_depth: int = 0
+    key_id: bytes = _NO_ID
+    nonce: bytes = bytes(24)
 
 
 class Encoded(NamedTuple):
@@ -144,12 +149,13 @@ def encode_record(offset: int, draft: Draft) -> Encoded:
     """
     meta, stored = draft.meta, draft.stored
     start = offset + RECORD_HEADER_BYTES + len(meta)
-    align = PAYLOAD_ALIGN_BYTES if draft.codec == _RAW and len(stored) >= PAYLOAD_ALIGN_FROM_BYTES else 1
+    raw = draft.codec == _RAW and draft.key_id == _NO_ID
+    align = PAYLOAD_ALIGN_BYTES if raw and len(stored) >= PAYLOAD_ALIGN_FROM_BYTES else 1
     pad = aligned(start, align) - start
     fixed = _RECORD.pack(
         _RECORD_MAGIC, FORMAT_VERSION, draft.kind, draft.codec, len(meta), pad, len(stored), draft.raw_size,
-        draft.blob_id, draft.blob_id if draft.codec == _RAW else blake3(stored).digest(), draft.delta_base,
-        draft.delta_depth, 0, bytes(6), _NO_ID, bytes(24), draft.origin, _NO_ID, bytes(16),
+        draft.blob_id, draft.blob_id if raw else blake3(stored).digest(), draft.delta_base,
+        draft.delta_depth, 0, bytes(6), draft.key_id, draft.nonce, draft.origin, _NO_ID, bytes(16),
     )  # fmt: skip
     digest = blake3(fixed + meta).digest()
     size = RECORD_HEADER_BYTES + len(meta) + pad + len(stored)
@@ -196,7 +202,7 @@ def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = 
     Raises:
         IntegrityError: any byte of header, meta, padding or payload that is not as digested.
         VersionError: a record of a newer format (its header verifies, so that it is no damage): its version, a flag, a
-            key, a kind or a codec is not known.
+            kind or a codec is not known.
     """
     header = decode_header(data, place)
     body = RECORD_HEADER_BYTES + header.meta_size
@@ -204,8 +210,8 @@ def decode_record(data: bytes | memoryview, place: str, expect: BlobId | None = 
         raise IntegrityError("record header does not match its digest", object=header.blob_id.hex(), place=place)
     if data[4] | data[5] << 8 > FORMAT_VERSION:
         raise VersionError("the record was written by a newer format", object=header.blob_id.hex(), place=place)
-    if header.flags or any(header.key_id):
-        raise VersionError("the record has a flag or a key of a newer format", object=header.blob_id.hex(), place=place)
+    if header.flags:
+        raise VersionError("the record has a flag of a newer format", object=header.blob_id.hex(), place=place)
     if header.kind not in KIND_NAMES or header.codec > _CODEC_MAX:
         told = f"kind {header.kind}" if header.kind not in KIND_NAMES else f"codec {header.codec}"
         raise VersionError(f"the record is of a newer format ({told})", object=header.blob_id.hex(), place=place)

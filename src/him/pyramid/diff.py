@@ -16,24 +16,33 @@ def cells(
     height = max(old_height, new_height)
     if old == new and old_height == new_height:
         return
-    before, after = _slots(store, old, old_height, height), _slots(store, new, new_height, height)
+    if height == 0:
+        was, now = _entries(store, old), _entries(store, new)
+        for slot in sorted(was.keys() | now.keys()):
+            if was.get(slot) != now.get(slot):
+                yield at[0] + slot // PAGE_SIDE, at[1] + slot % PAGE_SIDE, was.get(slot), now.get(slot)
+        return
+    before, after = _below(store, old, old_height, height), _below(store, new, new_height, height)
     step = page.side(height) // PAGE_SIDE
     for slot in sorted(before.keys() | after.keys()):
-        was, now = before.get(slot, (NOTHING, height - 1)), after.get(slot, (NOTHING, height - 1))
-        if was == now:
-            continue
-        row, column = at[0] + slot // PAGE_SIDE * step, at[1] + slot % PAGE_SIDE * step
-        if height == 0:
-            yield row, column, page.entry(was[0]) if was[0] else None, page.entry(now[0]) if now[0] else None
-        else:
-            yield from cells(store, was[0], was[1], now[0], now[1], (row, column))
+        place = at[0] + slot // PAGE_SIDE * step, at[1] + slot % PAGE_SIDE * step
+        nothing = NOTHING, height - 1
+        yield from cells(store, *before.get(slot, nothing), *after.get(slot, nothing), place)
 
 
-def _slots(store: PageStore, root: bytes, own_height: int, height: int) -> dict[int, tuple[bytes, int]]:
-    """Slots of a root seen from `height`: a lower root is the first slot of an imagined page."""
+def _entries(store: PageStore, root: bytes) -> dict[int, Entry]:
+    if not root:
+        return {}
+    found = load(store, root, 0)
+    return {slot: found.entry(raw) for slot, raw in found.slots()}
+
+
+def _below(store: PageStore, root: bytes, own_height: int, height: int) -> dict[int, tuple[bytes, int]]:
+    """The pages below a root seen from `height`: a lower root is the first slot of an imagined page."""
     if not root:
         return {}
     if own_height < height:
         # An imagined parent holds the lower root whole; its height travels with it.
         return {0: (root, own_height)}
-    return {slot: (raw, height - 1) for slot, raw in load(store, root, height).slots()}
+    found = load(store, root, height)
+    return {slot: (found.refers(raw), height - 1) for slot, raw in found.slots()}

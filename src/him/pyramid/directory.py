@@ -4,10 +4,12 @@ A subtree of at most 64 frames is one leaf, a larger one an inner node; so the h
 frames alone. The path of a frame is the nibbles of BLAKE3 over its length-prefixed stream and name.
 
 Bytes: leaf `HDL` version, then msgpack of the records sorted by path; inner `HDI` version, bitmap u16, two zero
-bytes, then for each present child its hash (32) and count of frames (u64).
+bytes, then for each present child its hash (32) and count of frames (u64). Version 2 is of nodes above encrypted
+frames, which are encrypted themselves: each record says whether its frame is, and before each child stands a byte, 1
+where what follows is a secret.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -18,7 +20,7 @@ from him.config import DIRECTORY_FANOUT, DIRECTORY_LEAF_RECORDS
 from him.errors import IntegrityError, VersionError
 from him.pyramid.page import PageStore
 from him.tile.address import KIND_DIRECTORY
-from him.types import Frame
+from him.types import BlobId, Frame, Ref, Secret
 
 FrameKey = tuple[str, str]
 """(stream, frame name)."""
@@ -27,7 +29,10 @@ EMPTY: Final = b""
 
 _LEAF: Final = b"HDL\x01"
 _INNER: Final = b"HDI\x01"
+_ENCRYPTED_LEAF: Final = b"HDL\x02"
+_ENCRYPTED_INNER: Final = b"HDI\x02"
 _CHILD: Final = 40
+_ROOT: Final = Frame.__struct_fields__.index("root")
 
 
 def path_of(key: FrameKey) -> bytes:
@@ -126,8 +131,7 @@ def _build(store: PageStore, records: dict[bytes, Frame], depth: int) -> tuple[b
     if not records:
         return EMPTY, 0
     if len(records) <= DIRECTORY_LEAF_RECORDS:
-        payload = _LEAF + msgspec.msgpack.encode([records[path] for path in sorted(records)])
-        return store.put_page(KIND_DIRECTORY, payload), len(records)
+        return _put_leaf(store, [records[path] for path in sorted(records)]), len(records)
     parts: dict[int, dict[bytes, Frame]] = {}
     for path, frame in records.items():
         parts.setdefault(path[depth], {})[path] = frame
@@ -135,10 +139,27 @@ def _build(store: PageStore, records: dict[bytes, Frame], depth: int) -> tuple[b
     return _put_inner(store, node), len(records)
 
 
-def _put_inner(store: PageStore, node: dict[int, tuple[bytes, int]]) -> bytes:
-    bitmap = sum(1 << nibble for nibble in node)
-    rows = b"".join(node[nibble][0] + node[nibble][1].to_bytes(8, "little") for nibble in sorted(node))
-    return store.put_page(KIND_DIRECTORY, _INNER + bitmap.to_bytes(2, "little") + bytes(2) + rows)
+def _put_leaf(store: PageStore, frames: Sequence[Frame]) -> Ref:
+    if any(frame.encrypted for frame in frames):
+        payload = _ENCRYPTED_LEAF + msgspec.msgpack.encode([_row(frame) for frame in frames])
+        return store.put_page(KIND_DIRECTORY, payload, encrypted=True)
+    return store.put_page(KIND_DIRECTORY, _LEAF + msgspec.msgpack.encode([_row(frame)[:-1] for frame in frames]))
+
+
+def _row(frame: Frame) -> list[object]:
+    fields = list(msgspec.structs.astuple(frame))
+    fields[_ROOT] = bytes(frame.root)  # A secret may stand here: the node is encrypted.
+    return fields
+
+
+def _put_inner(store: PageStore, node: dict[int, tuple[bytes, int]]) -> Ref:
+    encrypted = any(isinstance(child, Secret) for child, _ in node.values())
+    head = (_ENCRYPTED_INNER if encrypted else _INNER) + sum(1 << nibble for nibble in node).to_bytes(2, "little")
+    rows = (
+        bytes([isinstance(child, Secret)])[:encrypted] + child + count.to_bytes(8, "little")
+        for _, (child, count) in sorted(node.items())
+    )
+    return store.put_page(KIND_DIRECTORY, b"".join((head, bytes(2), *rows)), encrypted=encrypted)
 
 
 def _load(store: PageStore, root: bytes) -> Node:
@@ -147,17 +168,27 @@ def _load(store: PageStore, root: bytes) -> Node:
 
 def _parse(payload: bytes) -> Node:
     magic, body = payload[:4], payload[4:]
-    if magic[:2] == _LEAF[:2] and magic not in (_LEAF, _INNER):
+    if magic[:2] == _LEAF[:2] and magic not in (_LEAF, _INNER, _ENCRYPTED_LEAF, _ENCRYPTED_INNER):
         raise VersionError("the directory node is of a newer format")
-    if magic == _LEAF:
+    if magic in (_LEAF, _ENCRYPTED_LEAF):
         try:
-            return msgspec.msgpack.decode(body, type=tuple[Frame, ...])
+            frames = msgspec.msgpack.decode(body, type=tuple[Frame, ...])
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise IntegrityError(f"directory leaf does not parse: {error}") from error
-    bitmap = int.from_bytes(body[:2], "little")
-    if magic != _INNER or len(body) != 4 + bitmap.bit_count() * _CHILD:
+        return frames if magic == _LEAF else tuple(map(_with_secret, frames))
+    bitmap, flag = int.from_bytes(body[:2], "little"), int(magic == _ENCRYPTED_INNER)
+    size = flag + _CHILD
+    if magic not in (_INNER, _ENCRYPTED_INNER) or len(body) != 4 + bitmap.bit_count() * size:
         raise IntegrityError("not a directory node")
     present = [nibble for nibble in range(DIRECTORY_FANOUT) if bitmap >> nibble & 1]
-    rows = [body[at : at + _CHILD] for at in range(4, len(body), _CHILD)]
-    counted = [(row[:32], int.from_bytes(row[32:], "little")) for row in rows]
+    rows = [body[at : at + size] for at in range(4, len(body), size)]
+    counted = [(_child(row[flag:-8], row[:flag]), int.from_bytes(row[-8:], "little")) for row in rows]
     return MappingProxyType(dict(zip(present, counted, strict=True)))
+
+
+def _with_secret(frame: Frame) -> Frame:
+    return msgspec.structs.replace(frame, root=Secret(frame.root)) if frame.encrypted and frame.root else frame
+
+
+def _child(raw: bytes, flag: bytes) -> Ref:
+    return Secret(raw) if flag == b"\x01" else BlobId(raw)

@@ -4,6 +4,7 @@ A companion names the 4×4, 2×2 and 1×1 tiles above its page's 8×8 cells; an 
 the pages below. So a page that no branch changed never computes its levels again, and diff, merge and the
 directory's hash never look here (design §2). Tiles are derived depth-first, four by four, each remembered by the
 content it was derived from: one changed tile costs one tile a level, and at most a few tiles a level are in memory.
+Levels of encrypted frames are derived whenever they are read, and not stored (docs/design/015-keys.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +25,10 @@ from him.pyramid.page import PageStore, load
 from him.pyramid.quad import APEX, CELLS, Ahead, Grid, Quad, Work, extent_at, morton, tile_of
 from him.pyramid.update import scan
 from him.tile import codec
-from him.tile.address import KIND_COMPANION, blob_id
+from him.tile.address import KIND_COMPANION, reference
 from him.tile.codec import EncodedTile
 from him.tile.downsample import tail_at
-from him.types import BlobId, Box, Entry, Frame
+from him.types import BlobId, Box, Entry, Frame, Ref
 
 Array = NDArray[np.generic]
 T = TypeVar("T")
@@ -39,11 +40,16 @@ _ROOTS: Final = "levels root"
 class LevelStore(PageStore, Protocol):
     """A PageStore that keeps tiles too; tiles are read from several threads."""
 
-    def has(self, blob: BlobId) -> bool:
+    @property
+    def hash_key(self) -> bytes:
+        """What encrypted content is named with. Raises KeyNeededError."""
+        ...
+
+    def has(self, ref: Ref) -> bool:
         """Whether the blob is stored."""
         ...
 
-    def read_tile(self, blob: BlobId) -> Array | bytes:
+    def read_tile(self, ref: Ref) -> Array | bytes:
         """Verified values."""
         ...
 
@@ -85,26 +91,31 @@ class Scratch:
         self._store = store
         self._last: EncodedTile | None = None
 
-    def has(self, blob: BlobId) -> bool:
+    @property
+    def hash_key(self) -> bytes:
+        """Of the store behind."""
+        return self._store.hash_key
+
+    def has(self, ref: Ref) -> bool:
         """Here or in the store behind."""
-        return (self._last is not None and blob == self._last.blob_id) or self._store.has(blob)
+        return (self._last is not None and ref == self._last.ref) or self._store.has(ref)
 
-    def page(self, kind: int, blob: BlobId) -> bytes:
+    def page(self, kind: int, ref: Ref) -> bytes:
         """From the store behind."""
-        return self._store.page(kind, blob)
+        return self._store.page(kind, ref)
 
-    def parsed(self, kind: int, blob: bytes, parse: Callable[[bytes], T]) -> T:
+    def parsed(self, kind: int, ref: bytes, parse: Callable[[bytes], T]) -> T:
         """By the store behind."""
-        return self._store.parsed(kind, blob, parse)
+        return self._store.parsed(kind, ref, parse)
 
-    def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
-        """The hash it would have."""
-        return blob_id(kind, meta, payload)
+    def put_page(self, kind: int, payload: bytes, *, encrypted: bool = False) -> Ref:
+        """How it would be referred to."""
+        return reference(kind, b"", payload, self.hash_key if encrypted else None)
 
-    def read_tile(self, blob: BlobId) -> Array | bytes:
+    def read_tile(self, ref: Ref) -> Array | bytes:
         """From here, else from the store behind."""
-        if self._last is None or blob != self._last.blob_id:
-            return self._store.read_tile(blob)
+        if self._last is None or ref != self._last.ref:
+            return self._store.read_tile(ref)
         return codec.decode(self._last.header, self._last.codec, self._last.stored)
 
     def put_tile(self, tile: EncodedTile, origin: bytes) -> bool:
@@ -155,15 +166,17 @@ def read(store: LevelStore, memo: Memo, frame: Frame, level: int, row: int, colu
     return None if found is None else found.values
 
 
-def tile(store: LevelStore, memo: Memo, frame: Frame, level: int, row: int, column: int) -> BlobId | None:
-    """blob_id of a derived tile; one that had to be derived is put into `store`. None where nothing lies below.
+def tile(store: LevelStore, memo: Memo, frame: Frame, level: int, row: int, column: int) -> Ref | None:
+    """A derived tile, as pages would refer to it; one that had to be derived is put into `store`.
+
+    None where nothing lies below.
 
     Raises:
         NotFoundError: a level above the apex, or a stream without levels.
     """
     found = _derived(store, memo, frame, level, row, column, want=False)
     if found is not None and found.values is not None:
-        store.put_tile(tile_of(found.values, compress=False), bytes(16))
+        store.put_tile(tile_of(found.values, _hash_key(store, frame), compress=False), bytes(16))
     return None if found is None else found.blob
 
 
@@ -221,7 +234,7 @@ def _root_digest(store: LevelStore, notes: "_Notes", builder: "_Builder", root: 
     else:
         hasher = blake3(b"leaf")
         for frame in node:
-            if frame.level_rule != "none" and frame.root:
+            if frame.level_rule != "none" and frame.root and not frame.encrypted:
                 clip = (frame.height, frame.width)
                 made = builder.known(frame, frame.root, clip)
                 made = made or builder.companion(frame, frame.root, frame.root_height, clip)[0]
@@ -236,7 +249,7 @@ def _root_digest(store: LevelStore, notes: "_Notes", builder: "_Builder", root: 
 class _Node(NamedTuple):
     """A tile of a page: a cell or a derived one; its values where they are at hand."""
 
-    blob: BlobId
+    blob: Ref
     origin: bytes
     values: Array | None = None
 
@@ -288,16 +301,19 @@ class _Builder:
         tiles = [sorted(level.items()) for level in grid.found]
         made = Companion(
             frame.level_rule, root, height, *clip, grid.level(grid.stored_from),
-            tuple(tuple((slot, one.blob_id) for slot, one in level) for level in tiles),
+            tuple(tuple((slot, one.ref) for slot, one in level) for level in tiles),
             tuple(b"".join(one.origin for _, one in level) for level in tiles),
             tuple(sorted(below.items())),
         )  # fmt: skip
-        self.newest = self._store.put_page(KIND_COMPANION, msgspec.msgpack.encode(made))
-        self._notes.put(_COMPANIONS, _page_key(frame, root, clip), self.newest)
-        return BlobId(self.newest), top
+        stored = BlobId(self._store.put_page(KIND_COMPANION, msgspec.msgpack.encode(made)))
+        self._notes.put(_COMPANIONS, _page_key(frame, root, clip), stored)
+        self.newest = stored
+        return stored, top
 
     def known(self, frame: Frame, root: bytes, clip: tuple[int, int]) -> BlobId | None:
         """Hash of a page's companion, if it is stored."""
+        if frame.encrypted:
+            return None
         known = self._notes.get(_COMPANIONS, _page_key(frame, root, clip))
         return BlobId(known) if known is not None and self._store.has(BlobId(known)) else None
 
@@ -344,27 +360,29 @@ class _Builder:
         if raw is None:
             return None
         if grid.height == 0:
-            own = page.entry(raw)
-            return _Node(own.blob_id, own.origin, _array(self._store, own.blob_id) if want else None)
+            own = grid.page.entry(raw)
+            return _Node(own.ref, own.origin, _array(self._store, own.ref) if want else None)
+        child = grid.page.refers(raw)
         clip = grid.child_clip(slot)
         if self._keep:
-            made, apex = self.companion(grid.frame, raw, grid.height - 1, clip)
+            made, apex = self.companion(grid.frame, child, grid.height - 1, clip)
             if below is not None:
                 below[slot] = made
         else:
-            known = self.known(grid.frame, raw, clip)
+            known = self.known(grid.frame, child, clip)
             stored = None if known is None else decode(self._store, known).entry(APEX, 0)
             if stored is None:
-                child = Grid(grid.frame, load(self._store, raw, grid.height - 1), clip)
-                return self.node(child, APEX, 0, 0, want=want)
+                below_it = Grid(grid.frame, load(self._store, child, grid.height - 1), clip)
+                return self.node(below_it, APEX, 0, 0, want=want)
             apex = _Node(*stored)
         return apex._replace(values=_array(self._store, apex.blob)) if want and apex.values is None else apex
 
-    def _named(self, grid: Grid, index: int, key: bytes, want: bool) -> BlobId | None:
+    def _named(self, grid: Grid, index: int, key: bytes, want: bool) -> Ref | None:
         """The tile if its name is remembered, and it is there as far as it has to be."""
         known = self._notes.get(_QUADS, key)
         needed = want or (self._keep and index >= grid.stored_from)
-        return None if known is None or (needed and not self._store.has(BlobId(known))) else BlobId(known)
+        ref = None if known is None else grid.frame.ref(known)
+        return None if ref is None or (needed and not self._store.has(ref)) else ref
 
     def _made(self, grid: Grid, index: int, quad: Quad, key: bytes, absent: list[int], want: bool) -> _Node:
         """The tile derived from its children; those of `absent` places are not in the quad yet."""
@@ -375,12 +393,12 @@ class _Builder:
                 child = self.node(grid, index - 1, *quad.places[place], want=True)
                 if child is not None and child.values is not None:
                     quad.add(place, child.values)
-            ahead = tile_of(quad.values, compress=store), quad.values
+            ahead = tile_of(quad.values, _hash_key(self._store, grid.frame), compress=store), quad.values
         encoded, values = ahead
         if store:
             self._store.put_tile(encoded, bytes(16))
-        self._notes.put(_QUADS, key, encoded.blob_id)
-        return _Node(encoded.blob_id, b"", values)
+        self._notes.put(_QUADS, key, encoded.ref)
+        return _Node(encoded.ref, b"", values)
 
     def _foreseen(self, grid: Grid, want: bool) -> Ahead:
         """The tiles above the grid's cells that will have to be derived, in the order they will be asked for."""
@@ -392,19 +410,26 @@ class _Builder:
                     continue
                 quad = Quad(grid, 0, row, column)
                 raw = [grid.slots.get(y * PAGE_SIDE + x) for y, x in quad.places]
-                blobs = [None if one is None else page.entry(one).blob_id for one in raw]
+                blobs = [None if one is None else grid.page.refers(one) for one in raw]
                 key = quad.key(blobs)
                 if key not in work and self._named(grid, 0, key, want) is None:
-                    work[key] = partial(self._from_cells, quad, blobs, self._keep and grid.stored_from == 0)
+                    keep = self._keep and grid.stored_from == 0
+                    work[key] = partial(self._from_cells, quad, blobs, keep, _hash_key(self._store, grid.frame))
             grid.ahead = Ahead(self._pool, work, max(1, min(2 * LEVEL_THREADS, LEVEL_AHEAD_BYTES // grid.tile_bytes)))
         return grid.ahead
 
-    def _from_cells(self, quad: Quad, blobs: Sequence[BlobId | None], store: bool) -> tuple[EncodedTile, Array]:
+    def _from_cells(
+        self, quad: Quad, blobs: Sequence[Ref | None], store: bool, hash_key: bytes | None
+    ) -> tuple[EncodedTile, Array]:
         """Runs on several threads."""
         for place, blob in enumerate(blobs):
             if blob is not None:
                 quad.add(place, _array(self._store, blob))
-        return tile_of(quad.values, compress=store), quad.values
+        return tile_of(quad.values, hash_key, compress=store), quad.values
+
+
+def _hash_key(store: LevelStore, frame: Frame) -> bytes | None:
+    return store.hash_key if frame.encrypted else None
 
 
 def _derived(
@@ -429,8 +454,8 @@ def _derived(
             there = decode(store, known).entry(index, place[0] * PAGE_SIDE + place[1])
             if there is None or not want:
                 return there and _Node(*there)
-            if store.has(there.blob_id):
-                return _Node(*there, _array(store, there.blob_id))
+            if store.has(there.ref):
+                return _Node(*there, _array(store, there.ref))
         grid = Grid(frame, load(store, root, height), clip, (index, *place))
         node = builder.node(grid, index, *place, want=want)
         if grid.ahead is not None:
@@ -452,7 +477,7 @@ def _page_at(
         slot = row // cells % PAGE_SIDE * PAGE_SIDE + column // cells % PAGE_SIDE
         if slot not in grid.slots:
             return None
-        root, clip = grid.slots[slot], grid.child_clip(slot)
+        root, clip = grid.page.refers(grid.slots[slot]), grid.child_clip(slot)
     return root, clip
 
 
@@ -461,8 +486,8 @@ def _page_key(frame: Frame, root: bytes, clip: tuple[int, int]) -> bytes:
     return blake3(root + shape.encode()).digest()
 
 
-def _array(store: LevelStore, blob: BlobId) -> Array:
-    values = store.read_tile(blob)
+def _array(store: LevelStore, ref: Ref) -> Array:
+    values = store.read_tile(ref)
     if isinstance(values, bytes):
         raise UsageError("documents have no levels", fix='declare the stream with level_rule "none"')
     return values

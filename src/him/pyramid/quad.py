@@ -17,10 +17,10 @@ from him.config import LEVEL_PIXELS_DIVISOR, LEVELS_PER_PAGE, PAGE_SIDE
 from him.pyramid import page
 from him.pyramid.page import Page
 from him.tile import codec
-from him.tile.address import KIND_TILE, blob_id
+from him.tile.address import KIND_TILE, reference
 from him.tile.codec import EncodedTile, TileHeader
 from him.tile.downsample import halve, tail_at
-from him.types import BlobId, Entry, Frame
+from him.types import Entry, Frame, Ref
 
 Array = NDArray[np.generic]
 CELLS: Final = -1
@@ -47,6 +47,7 @@ class Grid:
     ) -> None:
         self.frame, self.height, self.clip, self.target = frame, content.height, clip, target
         self.slots = dict(content.slots())
+        self.page = content
         self.stored_from = self._stored_from()
         """Index of the finest level that is stored."""
         self.found: tuple[dict[int, Entry], ...] = tuple({} for _ in range(LEVELS_PER_PAGE))
@@ -109,7 +110,7 @@ class Quad:
         self._shape = grid.extent(index, row, column)
         self._values: Array | None = None
 
-    def key(self, children: Sequence[BlobId | None]) -> bytes:
+    def key(self, children: Sequence[Ref | None]) -> bytes:
         """Digest of all that the tile's values depend on."""
         sizes = (*self._extents[0], *self._extents[3])
         head = f"{self._frame.level_rule}|{self._first}|{sizes}|".encode()
@@ -178,11 +179,11 @@ def morton(place: tuple[int, int]) -> int:
     )
 
 
-def tile_of(values: Array, *, compress: bool) -> EncodedTile:
+def tile_of(values: Array, hash_key: bytes | None, *, compress: bool) -> EncodedTile:
     """A derived tile; one that is only named or handed on is not compressed."""
     if compress:
-        return codec.encode_array(values)
+        return codec.encode_array(values, hash_key=hash_key)
     name = codec.dtype_name(values.dtype)
     header = msgspec.msgpack.encode(TileHeader(name, values.shape))
     payload = np.ascontiguousarray(values, dtype=codec.DTYPES[name]).tobytes()
-    return EncodedTile(blob_id(KIND_TILE, header, payload), header, codec.RAW, payload, payload)
+    return EncodedTile(reference(KIND_TILE, header, payload, hash_key), header, codec.RAW, payload, payload)

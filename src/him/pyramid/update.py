@@ -10,7 +10,7 @@ from him.config import PAGE_SIDE
 from him.pyramid import page
 from him.pyramid.page import CELL_BYTES, Page, PagesStore, PageStore, load
 from him.tile.address import KIND_PAGE
-from him.types import Box, Entry
+from him.types import Box, Entry, Secret
 
 Cell = tuple[int, int]
 """(row, column) of a tile at level 0."""
@@ -57,7 +57,7 @@ def leaf_at(store: PageStore, root: bytes, height: int, row: int, column: int) -
     for step in range(height, 0, -1):
         down = SIDE_BITS * (step - 1)
         slot = (row >> down & PAGE_SIDE - 1) << SIDE_BITS | column >> down & PAGE_SIDE - 1
-        below = load(store, root, step).get(slot)
+        below = load(store, root, step).ref(slot)
         if below is None:
             return None
         root = below
@@ -75,14 +75,14 @@ def bring(
             down, above, below = SIDE_BITS * (step - 1), below, {}
             for (row, column), blob in above.items():
                 slot = (row >> down & PAGE_SIDE - 1) << SIDE_BITS | column >> down & PAGE_SIDE - 1
-                if (found := load(store, blob, step).get(slot)) is not None:
+                if (found := load(store, blob, step).ref(slot)) is not None:
                     below[row, column] = found
 
 
 def in_leaf(leaf: Page, row: int, column: int) -> Entry | None:
     """The entry at a cell of the page of height 0 that covers it, or None."""
     raw = leaf.get((row & PAGE_SIDE - 1) << SIDE_BITS | column & PAGE_SIDE - 1)
-    return None if raw is None else page.entry(raw)
+    return None if raw is None else leaf.entry(raw)
 
 
 def look_up(
@@ -116,18 +116,21 @@ def scan(
     """
     if not root:
         return
-    step = page.side(height) // PAGE_SIDE
-    for slot, raw in load(store, root, height).slots():
+    step, found = page.side(height) // PAGE_SIDE, load(store, root, height)
+    for slot, raw in found.slots():
         row, column = at[0] + slot // PAGE_SIDE * step, at[1] + slot % PAGE_SIDE * step
         if window is not None and not Box(column, row, step, step).intersection(window).area:
             continue
         if height == 0:
-            yield row, column, page.entry(raw)
+            yield row, column, found.entry(raw)
         else:
-            yield from scan(store, raw, height - 1, window, (row, column))
+            yield from scan(store, found.refers(raw), height - 1, window, (row, column))
 
 
-def update(store: PagesStore, root: bytes, height: int, changes: Cells | Mapping[Cell, Entry | None]) -> bytes:
+def update(
+    store: PagesStore, root: bytes, height: int, changes: Cells | Mapping[Cell, Entry | None], *,
+    encrypted: bool = False,
+) -> bytes:  # fmt: skip
     """The root after putting (or deleting) cells; NOTHING when no cell is left.
 
     Every change must lie within the cells that `height` covers, each cell at most once. Untouched pages are shared.
@@ -140,17 +143,19 @@ def update(store: PagesStore, root: bytes, height: int, changes: Cells | Mapping
     order = np.argsort(keys, kind="stable")
     keys, raw, present = keys[order], cells.raw[order], cells.present[order]
     old = _touched(store, root, height, keys)
-    payloads = _leaves(old[0], keys, raw, present)
+    payloads = _leaves(old[0], keys, raw, present, encrypted=encrypted)
     for step in range(height + 1):
         changed = [path for path, payload in payloads.items() if payload]
         hashes: dict[int, bytes] = dict.fromkeys(payloads, NOTHING)
-        hashes.update(zip(changed, store.put_pages(KIND_PAGE, [payloads[path] for path in changed]), strict=True))
+        made = store.put_pages(KIND_PAGE, [payloads[path] for path in changed], encrypted=encrypted)
+        hashes.update(zip(changed, made, strict=True))
         if step == height:
             return hashes[0]
         above: dict[int, list[tuple[int, bytes | None]]] = {}
         for path, blob in hashes.items():
             above.setdefault(path >> _SLOT_BITS, []).append((path & _SLOTS - 1, blob or None))
-        payloads = {path: _edited(old[step + 1][path], step + 1, slots) for path, slots in above.items()}
+        pages = old[step + 1]
+        payloads = {path: _edited(pages[path], step + 1, slots, encrypted) for path, slots in above.items()}
     raise AssertionError("the loop ends at the root")
 
 
@@ -158,7 +163,10 @@ def grow(store: PageStore, root: bytes, height: int, rows: int, columns: int) ->
     """(root, height) of the same cells in a frame that has become at least rows × columns tiles large."""
     wanted = page.root_height(rows, columns)
     while height < wanted:
-        root = store.put_page(KIND_PAGE, page.encode(height + 1, {0: root})) if root else NOTHING
+        if root:
+            encrypted = isinstance(root, Secret)
+            payload = page.encode(height + 1, {0: root}, encrypted=encrypted)
+            root = store.put_page(KIND_PAGE, payload, encrypted=encrypted)
         height += 1
     return root, height
 
@@ -187,14 +195,15 @@ def _touched(store: PagesStore, root: bytes, height: int, keys: NDArray[np.uint6
         wanted: dict[int, bytes | None] = {}
         for path in paths[np.flatnonzero(np.diff(paths, prepend=~paths[:1]))].tolist():
             parent = found[step + 1][path >> _SLOT_BITS] if step < height else None
-            wanted[path] = root if step == height else parent and parent.get(path & _SLOTS - 1)
+            wanted[path] = root if step == height else parent and parent.ref(path & _SLOTS - 1)
         found[step] = {path: load(store, blob, step) if blob else None for path, blob in wanted.items()}
     return found
 
 
 def _leaves(
-    old: Mapping[int, Page | None], keys: NDArray[np.uint64], raw: NDArray[np.uint8], present: NDArray[np.bool_]
-) -> dict[int, bytes]:
+    old: Mapping[int, Page | None], keys: NDArray[np.uint64], raw: NDArray[np.uint8], present: NDArray[np.bool_], *,
+    encrypted: bool,
+) -> dict[int, bytes]:  # fmt: skip
     """New payloads of the touched leaf pages, by page path."""
     paths = keys >> np.uint64(_SLOT_BITS)
     starts = np.flatnonzero(np.diff(paths, prepend=~paths[:1]))
@@ -209,17 +218,18 @@ def _leaves(
         page_before = old[path]
         if page_before is None and whole[number]:
             entries = data[start * CELL_BYTES : end * CELL_BYTES]
-            payloads[path] = page.assembled(0, bitmaps[number], entries)
+            payloads[path] = page.assembled(0, bitmaps[number], entries, encrypted=encrypted)
             continue
         changes = [
             (numbers[at], data[at * CELL_BYTES : (at + 1) * CELL_BYTES] if kept[at] else None)
             for at in range(start, end)
         ]
-        payloads[path] = _edited(page_before, 0, changes)
+        payloads[path] = _edited(page_before, 0, changes, encrypted)
     return payloads
 
 
-def _edited(before: Page | None, height: int, changes: list[tuple[int, bytes | None]]) -> bytes:
+def _edited(before: Page | None, height: int, changes: list[tuple[int, bytes | None]], encrypted: bool) -> bytes:
     if before is not None:
         return before.edited(changes)
-    return page.encode(height, {slot: raw for slot, raw in changes if raw is not None})
+    put = {slot: raw for slot, raw in changes if raw is not None}
+    return page.encode(height, put, encrypted=encrypted)

@@ -103,7 +103,7 @@ def stale_tiles(rows: SnapshotRows, source: QuerySource, frames: Iterable[str]) 
             continue
         for y, x, blob in seen.scene.tiles:
             entry = source.entry(TileKey(STREAM, seen.frame, 0, y, x))
-            if entry is None or entry.blob_id.hex() != blob:
+            if entry is None or entry.ref.hex() != blob:
                 out.add((seen.frame, y, x))
     return frozenset(out)
 

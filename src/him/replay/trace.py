@@ -1,4 +1,8 @@
-"""A trace: what a run was asked, what came from outside, and the digest of every step and of the answer."""
+"""A trace: what a run was asked, what came from outside, and the digest of every step and of the answer.
+
+That of an encrypted snapshot is encrypted, under a key that is destroyed with the snapshot, and holds the secret of the
+directory it read.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
@@ -6,12 +10,14 @@ from typing import Final, NamedTuple
 import msgspec
 from blake3 import blake3
 
-from him.errors import HimError, IntegrityError, NotFoundError, UsageError, VersionError
+from him.crypto import unwrap, wrap
+from him.errors import HimError, IntegrityError, NotFoundError, ShreddedError, UsageError, VersionError
 from him.ports import Disk
-from him.types import TRACE_PREFIX, Fault
+from him.types import TRACE_PREFIX, BlobId, Fault, Ref, Secret
 
 FOLDER: Final = "spool"
 _VERSION: Final = 1
+_ENCRYPTED: Final = 2
 _BYTES_MAX: Final = 64 * 1024 * 1024
 _FIX: Final = "delete the file: what it recorded cannot be proved any more"
 
@@ -58,6 +64,34 @@ class Trace(msgspec.Struct, frozen=True):
     def whole(self) -> bool:
         """Whether no byte of it was changed since it was saved."""
         return self.digest == _digest(self)
+
+
+class TraceKey(NamedTuple):
+    """What a trace is encrypted with, and the secret of the directory that was read."""
+
+    key_id: bytes
+    key: bytes
+    directory: Secret
+
+
+class _Encrypted(msgspec.Struct, frozen=True):
+    """The file of an encrypted trace: `body` is base64 of what is encrypted, `digest` the hex BLAKE3 of the rest."""
+
+    version: int
+    trace_id: str
+    snapshot_id: str
+    key_id: str
+    body: bytes
+    digest: str = ""
+
+    def with_digest(self) -> "_Encrypted":
+        plain = msgspec.json.encode(msgspec.structs.replace(self, digest=""), order="sorted")
+        return msgspec.structs.replace(self, digest=blake3(plain).hexdigest())
+
+
+class _Body(msgspec.Struct, frozen=True):
+    trace: Trace
+    secret: str
 
 
 class Recording:
@@ -138,12 +172,21 @@ class DivergedError(Exception):
     """The run left the recorded path, so that nothing after it can be compared; caught in `run`."""
 
 
-def save(disk: Disk, trace: Trace) -> None:
-    """Write a trace into the spool. It is evidence, not state: it is not synced on the query's path."""
+def save(disk: Disk, trace: Trace, key: TraceKey | None = None) -> None:
+    """Write a trace into the spool. It is evidence, not state: it is not synced on the query's path.
+
+    Args:
+        key: of a trace of an encrypted snapshot.
+    """
+    whole: Trace | _Encrypted = trace.with_digest()
+    if key is not None:
+        body = msgspec.json.encode(_Body(whole, bytes(key.directory).hex()))
+        sealed = wrap(key.key, trace.trace_id.encode(), body)
+        whole = _Encrypted(_ENCRYPTED, trace.trace_id, trace.snapshot_id, key.key_id.hex(), sealed).with_digest()
     path = f"{FOLDER}/{trace.trace_id}.json"
     file = disk.open(path, create=True)
     try:
-        file.write_at(0, msgspec.json.encode(trace.with_digest(), order="sorted") + b"\n")
+        file.write_at(0, msgspec.json.encode(whole, order="sorted") + b"\n")
     except HimError:
         disk.remove(path)
         raise
@@ -151,13 +194,17 @@ def save(disk: Disk, trace: Trace) -> None:
         file.close()
 
 
-def load(disk: Disk, trace_id: str) -> Trace:
-    """Read a trace.
+def load(disk: Disk, trace_id: str, key_of: Callable[[bytes], bytes | None] = lambda _id: None) -> tuple[Trace, Ref]:
+    """Read a trace, and how its directory is referred to.
+
+    Args:
+        key_of: a key of the key ring by its id.
 
     Raises:
         UsageError: not a trace id.
         NotFoundError: no such trace.
         IntegrityError: the file is no trace at all (a trace with altered values loads; its replay tells).
+        ShreddedError: its key was destroyed.
     """
     digits = trace_id.removeprefix(TRACE_PREFIX)
     if not trace_id.startswith(TRACE_PREFIX) or not digits.isalnum() or len(digits) > 64:
@@ -168,16 +215,33 @@ def load(disk: Disk, trace_id: str) -> Trace:
     except NotFoundError as error:
         raise NotFoundError("no such trace", object=trace_id, fix="see the trace_id of an answer") from error
     try:
-        return parsed(file.read_at(0, _BYTES_MAX), trace_id, path)
+        found = _parsed(file.read_at(0, _BYTES_MAX), trace_id, path)
     finally:
         file.close()
+    if isinstance(found, Trace):
+        return found, BlobId(_hex(found.directory, trace_id, path))
+    key = key_of(_hex(found.key_id, trace_id, path))
+    if key is None:
+        raise ShreddedError("the trace was shredded with its snapshot", object=trace_id, place=path)
+    try:
+        body = msgspec.json.decode(unwrap(key, trace_id.encode(), found.body), type=_Body)
+    except (IntegrityError, msgspec.MsgspecError) as error:
+        raise IntegrityError(f"the trace does not decrypt ({error})", object=trace_id, place=path) from error
+    return body.trace, Secret(_hex(body.secret, trace_id, path))
+
+
+def _hex(digits: str, trace_id: str, path: str) -> bytes:
+    try:
+        return bytes.fromhex(digits)
+    except ValueError as error:
+        raise IntegrityError(f"the trace does not parse ({error})", object=trace_id, place=path) from error
 
 
 class _Version(msgspec.Struct):
     version: int
 
 
-def parsed(data: bytes, trace_id: str, path: str) -> Trace:
+def _parsed(data: bytes, trace_id: str, path: str) -> Trace | _Encrypted:
     """The trace behind the bytes of a file.
 
     Raises:
@@ -185,6 +249,8 @@ def parsed(data: bytes, trace_id: str, path: str) -> Trace:
     """
     try:
         version = msgspec.json.decode(data, type=_Version).version
+        if version == _ENCRYPTED:
+            return msgspec.json.decode(data, type=_Encrypted)
         # A version that does not match the digest is no newer one: its replay tells.
         if version > _VERSION and not _altered(data):
             raise VersionError(
@@ -213,7 +279,8 @@ def faults(disk: Disk) -> Iterator[Fault]:
             continue
         try:
             data = file.read_at(0, _BYTES_MAX)
-            if not parsed(data, trace_id, path).whole:
+            found = _parsed(data, trace_id, path)
+            if not (found.whole if isinstance(found, Trace) else found.with_digest() == found):
                 yield Fault(trace_id, path, "the trace does not match its digest", _FIX, "trace")
         except IntegrityError as error:
             yield Fault(trace_id, path, error.message, _FIX, "trace")

@@ -16,6 +16,7 @@ from him.types import (
     AttributeSet,
     Batch,
     CommitRecord,
+    DirectoryWrapped,
     Operation,
     PackCondemned,
     PackFinished,
@@ -26,6 +27,7 @@ from him.types import (
     Sealed,
     SnapshotDropped,
     SnapshotOpened,
+    SnapshotShredded,
     StreamDeclared,
     StreamSpec,
     TilesExpired,
@@ -354,7 +356,7 @@ class Model:
                 self.expired.append(Expired(seq, operation.stream, operation.before_ns, origins))
             case PackRemoved():
                 self.removed_at.append(seq)
-            case PackRange() | PackFinished() | PackCondemned():
+            case PackRange() | PackFinished() | PackCondemned() | DirectoryWrapped() | SnapshotShredded():
                 pass
 
     def _open(self, seq: int, operation: SnapshotOpened, act: Act | None) -> None:

@@ -17,7 +17,7 @@ from him.catalog.log import FileLog
 from him.catalog.marker import MARKER, Marker
 from him.catalog.reader import SnapshotReader
 from him.catalog.transfer import Side
-from him.config import EMBEDDING_DIMS, REPOSITORY_FORMAT
+from him.config import EMBEDDING_DIMS, PLAIN_FORMAT
 from him.errors import HimError
 from him.ingest import Ingest
 from him.pack.galois import product
@@ -42,7 +42,7 @@ def furnish(volume: Volume, claim: Claim | None = None) -> bytes:
     Args:
         claim: to a cold tier.
     """
-    marker = Marker(REPOSITORY_FORMAT, REPOSITORY_ID.hex(), 0).encoded()
+    marker = Marker(PLAIN_FORMAT, REPOSITORY_ID.hex(), 0).encoded()
     volume.files[MARKER] = FileData(marker, named=True)
     if claim is not None:
         volume.files[TIER] = FileData(TierSettings("sim", BUDGET_BYTES, *claim).encoded(), named=True)

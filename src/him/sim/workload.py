@@ -717,7 +717,7 @@ def pin(process: Process, rooms: Rooms, rng: Random) -> None:
         model = process.site.model
         cells = content.frames[name].cells
         blobs = [
-            reader.present(TileKey(*name, 0, *at)).blob_id for at in cells if not model.gone(name[0], cells[at].origin)
+            reader.present(TileKey(*name, 0, *at)).ref for at in cells if not model.gone(name[0], cells[at].origin)
         ]
         places = rooms.store.places(blobs)
         how = rng.random()

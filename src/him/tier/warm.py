@@ -42,15 +42,16 @@ from him.pack.file import PackWriter, contiguous, read_footer, read_index, read_
 from him.pack.format import Draft
 from him.ports import Disk, File, Progress, Projection, Rng
 from him.tier.address import AddressIndex, Location
-from him.tier.assembly import Assembly, Blob, Prepared, Values, checked, parts_of
-from him.tier.care import Journal, What
+from him.tier.assembly import Assembly, Blob, Prepared, Values, as_stored, opened, parts_of
+from him.tier.care import Journal
 from him.tier.kept import Buffers, Recent
+from him.tier.mender import Mender
 from him.tier.mirror import Mirror
 from him.tier.protect import Made, Parity
 from him.tile import codec
-from him.tile.address import KIND_TILE, blob_id
+from him.tile.address import reference
 from him.tile.chunks import CHUNKS
-from him.types import BlobId, PackFinished, PackRange, PackState
+from him.types import BlobId, HashKey, PackFinished, PackRange, PackState, Ref, Secret, name_of, ref_of
 
 PACK_FOLDER: Final = "packs"
 _T = TypeVar("_T")
@@ -75,12 +76,13 @@ class WarmStore:
         *,
         journal: Journal | None = None,
         parity: Parity | None = None,
+        hash_key: HashKey | None = None,
     ) -> None:
         self.disk: Disk = disk if mirror is None else mirror
         """Where packs are read through."""
-        self.parity = parity
-        """What makes damaged bytes of finished packs again, if anything does."""
         self._journal = journal
+        self.mender = Mender(mirror, parity, journal)
+        """What puts right what is damaged here."""
         self._mirror = mirror
         self._projection = projection
         self._rng = rng
@@ -106,7 +108,7 @@ class WarmStore:
         self.leaves = Recent[tuple[bytes, int, int], Any](PAGE_CACHE_BYTES // 2)
         """Parsed leaves by root, row and column: who knows the place need not go from the root, as in a TLB."""
         self._buffers = Buffers()
-        self._assembly = Assembly(self._record, self.place)
+        self._assembly = Assembly(self._record, self.place, hash_key)
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.RLock()
         # One batch is appended at a time, while others read.
@@ -124,41 +126,52 @@ class WarmStore:
 
     # -- reading
 
-    def has(self, blob: BlobId) -> bool:
+    def has(self, ref: Ref) -> bool:
         """Whether the blob is committed or was appended by this process."""
+        blob = name_of(ref)
         with self._lock:
             return blob in self._pending or self._find(blob) is not None
 
-    def depth_of(self, blob: BlobId) -> int:
+    def depth_of(self, ref: Ref) -> int:
         """How many deltas lead to the blob as it is stored; 0 in full. Raises IntegrityError when it is missing."""
-        return self._place(blob)[1].depth
+        return self._place(name_of(ref))[1].depth
 
-    def read(self, blob: BlobId) -> Blob:
-        """The verified blob.
+    def read(self, ref: Ref) -> Blob:
+        """The verified blob, decrypted where it is encrypted.
 
         Raises:
             IntegrityError: missing though something refers to it, or damaged; names the place.
+            KeyNeededError: it is encrypted, and named by its blob_id alone.
         """
-        return self._located(blob, partial(self._read, blob))
+        return self._record(ref, digest=True)
 
-    def read_tile(self, blob: BlobId) -> Values:
-        """Decoded values of a tile (read-only memory of their own), or a document's bytes. Raises IntegrityError."""
-        return self._assembly.values(blob, self.read(blob))
+    def stored(self, blob: BlobId) -> Blob:
+        """The verified record of a blob as it lies there, which may be encrypted. Raises IntegrityError."""
+        return self._located(blob, partial(self._read, blob, None))
 
-    def payload(self, blob: BlobId) -> bytes | memoryview:
-        """The canonical payload of a tile, verified. Raises IntegrityError."""
-        return self._assembly.payload(blob, self.read(blob))
+    def read_tile(self, ref: Ref) -> Values:
+        """Decoded values of a tile (read-only memory of their own), or a document's bytes. Raises as `read`."""
+        return self._assembly.values(ref, self.read(ref))
 
-    def read_tiles(self, blobs: Sequence[BlobId]) -> list[Values]:
+    def payload(self, ref: Ref) -> bytes | memoryview:
+        """The canonical payload of a tile, verified. Raises as `read`."""
+        return self._assembly.payload(ref, self.read(ref))
+
+    def read_tiles(self, refs: Sequence[Ref]) -> list[Values]:
         """`read_tile` of each, in the order asked for; read in the order they lie in, on several threads."""
-        places = {blob: self._place(blob) for blob in blobs}
-        order = sorted(places, key=lambda blob: (places[blob][0], places[blob][1].offset))
+        places = {ref: self._place(name_of(ref)) for ref in refs}
+        order = sorted(places, key=lambda ref: (places[ref][0], places[ref][1].offset))
         if self._mirror is not None:
             self._mirror.ahead(self.places(places))
         size = sum(at.length for _, at in places.values())
         values = self.spread(self.read_tile, order) if size >= BUFFER_FROM_BYTES else [*map(self.read_tile, order)]
         found = dict(zip(order, values, strict=True))
-        return [found[blob] for blob in blobs]
+        return [found[ref] for ref in refs]
+
+    @property
+    def parity(self) -> Parity | None:
+        """What makes damaged bytes of finished packs again, if anything does."""
+        return self.mender.parity
 
     @property
     def tiered(self) -> bool:
@@ -170,31 +183,32 @@ class WarmStore:
         if self._mirror is not None:
             with suppress(IntegrityError):
                 unread = (page for page in pages if self._parsed.get(page) is None and self._pages.get(page) is None)
-                self._mirror.ahead(self.places(map(BlobId, unread)))
+                self._mirror.ahead(self.places(map(ref_of, unread)))
 
-    def keep(self, blobs: Sequence[BlobId]) -> None:
+    def keep(self, refs: Sequence[Ref]) -> None:
         """Pin tiles that were just read, and what they are made of: they are touched together."""
         if self._mirror is None:
             return
-        waiting = [blob for blob in blobs if not self._mirror.kept_lately(blob)]
-        found: dict[BlobId, None] = {}
+        waiting = [ref for ref in refs if not self._mirror.kept_lately(name_of(ref))]
+        found: dict[Ref, None] = {}
         with suppress(HimError):  # It was read; that it is kept is a service.
             while waiting:
-                blob = waiting.pop()
-                if blob not in found:
-                    found[blob] = None
-                    waiting += self.parts(self.read(blob))
+                ref = waiting.pop()
+                if ref not in found:
+                    found[ref] = None
+                    waiting += self.parts(self.read(ref))
             if found:
-                self._mirror.keep(found, self.places(found))
+                self._mirror.keep(map(name_of, found), self.places(found))
 
     @contextmanager
-    def view(self, blob: BlobId) -> Generator[Values]:
+    def view(self, ref: Ref) -> Generator[Values]:
         """A tile without copying: read-only memory of the pack itself, verified, locked against eviction.
 
         Only what is stored raw and unquantised can be lent; anything else is a copy. The range stays locked while
         any reference to the array lives.
         """
-        yield self._assembly.values(blob, self._located(blob, partial(self._lent, blob)))
+        found = self.read(ref) if isinstance(ref, Secret) else self._located(ref, partial(self._lent, ref))
+        yield self._assembly.values(ref, found)
 
     def spread(self, work: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
         """The results of `work` on each item, in order; on several threads where the machine has them."""
@@ -218,55 +232,56 @@ class WarmStore:
                 self._threads = ThreadPoolExecutor(min(READ_THREADS_MAX, os.cpu_count() or 1), "him")
             return self._threads
 
-    def page(self, kind: int, blob: BlobId) -> bytes:
+    def page(self, kind: int, ref: Ref) -> bytes:
         """Payload of a page, directory node or companion, from a cache of verified copies when possible."""
-        payload = self._pages.get(blob)
+        payload = self._pages.get(ref)
         if payload is None:
-            payload = self._page(kind, blob)
-            self._pages.put(blob, payload, len(payload))
+            payload = self._page(kind, ref)
+            self._pages.put(ref, payload, len(payload))
         return payload
 
-    def parsed(self, kind: int, blob: bytes, parse: Callable[[bytes], _T]) -> _T:
-        """`parse(page(kind, blob))`, remembered: pure, and its result is never changed."""
-        kept = self._parsed.young.get(blob)
+    def parsed(self, kind: int, ref: bytes, parse: Callable[[bytes], _T]) -> _T:
+        """`parse(page(kind, ref))`, remembered: pure, and its result is never changed."""
+        kept = self._parsed.young.get(ref)
         if kept is not None:  # Asked once a level of every look-up: not even a call.
             return kept[0]
-        found = self._parsed.get(blob)
+        found = self._parsed.get(ref)
         if found is None:
-            payload = self._pages.get(blob) or self._page(kind, BlobId(blob))
+            payload = self._pages.get(ref) or self._page(kind, ref_of(ref))
             try:
                 found = parse(payload)
             except (IntegrityError, VersionError) as error:
-                raise type(error)(error.message, object=blob.hex(), place=self.place(BlobId(blob))) from error
-            self._parsed.put(blob, found, len(payload))
+                raise type(error)(error.message, object=ref.hex(), place=self.place(ref_of(ref))) from error
+            self._parsed.put(ref, found, len(payload))
         return found
 
-    def parts(self, found: Blob) -> list[BlobId]:
+    def parts(self, found: Blob) -> list[Ref]:
         """What a verified record is made of: the base of a delta, the chunks of a document. Raises IntegrityError."""
         return parts_of(found)
 
-    def made_of(self, blob: BlobId) -> list[BlobId]:
+    def made_of(self, ref: Ref) -> list[Ref]:
         """`parts` of a stored tile, of which little more than the header is read."""
+        blob = name_of(ref)
         head = self._located(blob, partial(self._header, blob))
         if head.delta_depth:
             return [BlobId(head.delta_base)]
-        return self.parts(self.read(blob)) if head.codec == CHUNKS else []
+        return self.parts(self.read(ref)) if head.codec == CHUNKS else []
 
-    def place(self, blob: BlobId) -> str:
+    def place(self, ref: Ref) -> str:
         """`packs/NAME @ offset` for messages; "nowhere" when unknown."""
         try:
-            name, at = self._place(blob)
+            name, at = self._place(name_of(ref))
         except IntegrityError:
             return "nowhere"
         return f"{name} @ {at.offset}"
 
-    def places(self, blobs: Iterable[BlobId]) -> list[tuple[str, int, int]]:
+    def places(self, refs: Iterable[Ref]) -> list[tuple[str, int, int]]:
         """(path, offset, bytes) of each record. Raises IntegrityError for a missing one."""
-        return [(name, at.offset, at.length) for name, at in map(self._place, blobs)]
+        return [(name, at.offset, at.length) for name, at in map(self._place, map(name_of, refs))]
 
-    def size_of(self, blob: BlobId) -> int:
+    def size_of(self, ref: Ref) -> int:
         """Bytes the blob's record takes on disk."""
-        return self._place(blob)[1].length
+        return self._place(name_of(ref))[1].length
 
     # -- writing
 
@@ -274,9 +289,7 @@ class WarmStore:
         """Store an encoded tile unless it is there; True when bytes were written."""
         return self.put_tiles([tile], origin) == 1
 
-    def put_tiles(
-        self, tiles: Sequence[codec.EncodedTile], origin: bytes, replaced: Sequence[BlobId | None] = ()
-    ) -> int:
+    def put_tiles(self, tiles: Sequence[codec.EncodedTile], origin: bytes, replaced: Sequence[Ref | None] = ()) -> int:
         """Store the tiles that are not there yet; how many were written.
 
         Args:
@@ -285,30 +298,30 @@ class WarmStore:
         pairs = list(zip_longest(tiles, replaced))
         return self.put_prepared(self.spread(lambda pair: self.prepare(pair[0], origin, pair[1]), pairs))
 
-    def prepare(self, tile: codec.EncodedTile, origin: bytes, replaced: BlobId | None = None) -> Prepared:
+    def prepare(self, tile: codec.EncodedTile, origin: bytes, replaced: Ref | None = None) -> Prepared:
         """The records of a tile, ready to be appended; what they do not need of it can be forgotten.
 
         Args:
             replaced: the tile whose place it takes; it is stored as a change of that where this is small.
         """
-        if self.missing([tile.blob_id])[0]:
+        if self.missing([tile.ref])[0]:
             # What retention has let go may be replaced, and be on its way out.
             base = replaced if replaced is not None and self.keeps(replaced) else None
-            return Prepared(tile.blob_id, self._assembly.drafts(tile, origin, base))
-        if self.keeps(tile.blob_id):
-            return Prepared(tile.blob_id, [])
+            return Prepared(tile.ref, self._assembly.drafts(tile, origin, base))
+        if self.keeps(tile.ref):
+            return Prepared(tile.ref, [])
         # No delta: of two records the less deep one counts.
-        return Prepared(tile.blob_id, self._assembly.drafts(tile, origin, None), anew=True)
+        return Prepared(tile.ref, self._assembly.drafts(tile, origin, None), anew=True)
 
-    def keeps(self, blob: BlobId) -> bool:
+    def keeps(self, ref: Ref) -> bool:
         """Whether a tile is stored, with all it is made of, where it can be relied on.
 
         What nothing refers to may have lost its base, or its chunks, with a pack that was removed.
         """
-        if self.missing([blob])[0]:
+        if self.missing([ref])[0]:
             return False
         whole = not self._addresses.doubtful()
-        return whole or all(self.keeps(part) for part in self.made_of(blob))
+        return whole or all(self.keeps(part) for part in self.made_of(ref))
 
     def put_prepared(self, tiles: Sequence[Prepared]) -> int:
         """Append the tiles that are not there yet, their chunks first; how many were written."""
@@ -324,13 +337,30 @@ class WarmStore:
         """Writable memory, free again when the last reference to it goes: `codec.encode_array` copies into it."""
         return self._buffers.take(size) if size >= BUFFER_GRAIN_BYTES else memoryview(bytearray(size))
 
-    def put_page(self, kind: int, payload: bytes, meta: bytes = b"") -> BlobId:
-        """Store a page, directory node or companion unless it is there; its hash."""
-        return self._put_pages(kind, [payload], meta)[0]
+    def put_page(self, kind: int, payload: bytes, *, encrypted: bool = False) -> Ref:
+        """Store a page, directory node or companion unless it is there; how to refer to it."""
+        return self.put_pages(kind, [payload], encrypted=encrypted)[0]
 
-    def put_pages(self, kind: int, payloads: Sequence[bytes]) -> list[BlobId]:
-        """Store the pages that are not there yet; their hashes in order."""
-        return self._put_pages(kind, payloads, b"")
+    def put_pages(self, kind: int, payloads: Sequence[bytes], *, encrypted: bool = False) -> Sequence[Ref]:
+        """Store the pages that are not there yet; how to refer to them, in order. Raises KeyNeededError."""
+        key = self.hash_key if encrypted else None
+        refs = [reference(kind, b"", payload, key) for payload in payloads]
+        drafts = [
+            Draft(kind, codec.RAW, name_of(ref), b"", payload, len(payload))
+            for ref, payload in zip(refs, payloads, strict=True)
+        ]
+        if encrypted:
+            new = zip(refs, drafts, self.missing(refs), strict=True)
+            drafts = [self._assembly.draft(ref, draft) for ref, draft, absent in new if absent]
+        self.written_pages += self._put(drafts)
+        for ref, payload in zip(refs, payloads, strict=True):
+            self._pages.put(ref, payload, len(payload))
+        return refs
+
+    @property
+    def hash_key(self) -> bytes:
+        """What encrypted content is named with. Raises KeyNeededError."""
+        return self._assembly.key().key
 
     def draft(self, blob: BlobId) -> Draft:
         """The record of a blob as it is stored, verified: for another pack, or another repository that has its base.
@@ -338,10 +368,10 @@ class WarmStore:
         Raises:
             IntegrityError: missing or damaged.
         """
-        found = self.read(blob)
+        found = self.stored(blob)
         return Draft(
             found.kind, found.codec, blob, found.meta, found.stored, found.raw_size, found.origin, found.delta_base,
-            found.delta_depth,
+            found.delta_depth, found.key_id, found.nonce or bytes(24),
         )  # fmt: skip
 
     def put_drafts(self, drafts: Sequence[Draft], *, again: bool = False) -> int:
@@ -358,15 +388,15 @@ class WarmStore:
         self._put([self.draft(blob) for blob in blobs if blob not in self._pending], again=True)
         return self.written_bytes - before
 
-    def rely(self, blobs: Iterable[BlobId]) -> int:
+    def rely(self, refs: Iterable[Ref]) -> int:
         """Before a record refers to blobs: those that only condemned packs hold are appended in full; how many.
 
-        What they, or others among `blobs`, are made of is looked at too.
+        What they, or others among them, are made of is looked at too.
 
         Raises:
             BusyError: one is in no pack any more.
         """
-        return sum(self._relied(blob) for blob in blobs)
+        return sum(map(self._relied, refs))
 
     @property
     def expired(self) -> dict[tuple[str, str], int]:
@@ -639,12 +669,7 @@ class WarmStore:
 
     def mend_now(self, name: str) -> bool:
         """`mend`. Raises StorageError when the cold tier, which may have it right, does not answer, or the disk."""
-        with suppress(HimError):  # What is lost beyond parity mends nothing.
-            if self.parity is not None and self.parity.protects(name) and self.parity.mend(name):
-                return True
-        with suppress(IntegrityError, NotFoundError):
-            return self._mirror is not None and self._mirror.mend(name)
-        return False
+        return self.mender.pack(name)
 
     def forget_addresses(self) -> None:
         """Drop the address index, segments included; the next look-up builds it from the packs' index records."""
@@ -702,62 +727,47 @@ class WarmStore:
             found = self._addresses.find(blob)
         return found
 
-    def _record(self, blob: BlobId, digest: bool) -> Blob:
-        return self._located(blob, partial(self._read, blob, digest=digest))
+    def _record(self, ref: Ref, digest: bool) -> Blob:
+        blob = name_of(ref)
+        return self._located(blob, partial(self._read, blob, ref, digest=digest))
 
-    def _read(self, blob: BlobId, name: str, at: Location, *, digest: bool = True) -> Blob:
+    def _read(self, blob: BlobId, ref: Ref | None, name: str, at: Location, *, digest: bool = True) -> Blob:
+        """A record; its content, or (with `ref` None) as it is stored."""
         buffer = self._buffers.take(at.length) if at.length >= BUFFER_FROM_BYTES else None
+        place = f"{name} @ {at.offset}"
+
+        def content(record: layout.Record) -> Blob:
+            found = as_stored(record)
+            return found if ref is None else opened(found, ref, place)
+
         try:
-            record = read_record(self._file(name), name, at.offset, at.length, blob, buffer, digest=digest)
+            # Of what is decrypted the tag proves every byte.
+            digest = digest and not isinstance(ref, Secret)
+            return content(read_record(self._file(name), name, at.offset, at.length, blob, buffer, digest=digest))
         except IntegrityError:
-            record = self._healed(blob, name, at)
+            size = at.length
+            record = self.mender.record(
+                blob, name, at.offset, size, lambda: read_record(self._file(name), name, at.offset, size, blob)
+            )
             if record is None:
                 raise
-        return checked(record, name)
+        return content(record)
 
-    def _healed(self, blob: BlobId, name: str, at: Location) -> layout.Record | None:
-        """The record as the cold tier has it or parity makes it, put in the place of what did not verify; or None.
-
-        Raises:
-            UnavailableError: the cold tier does not answer, and there is nothing else.
-        """
-        lost: HimError | None = None
-        if self._mirror is not None and self._mirror.holds(name):
-            try:
-                data = self._mirror.fetch(name, at.offset, at.length)
-                record = layout.decode_record(data, f"{name} @ {at.offset}", blob)
-                if self._mirror.heal(name, at.offset, data):
-                    self._note("healed", name, at, why="cold")
-                return record
-            except (IntegrityError, UnavailableError) as error:
-                lost = error
-        with suppress(IntegrityError):
-            if self.parity is not None and self.parity.mend(name, at.offset, at.length):
-                return read_record(self._file(name), name, at.offset, at.length, blob)
-        if isinstance(lost, UnavailableError):
-            raise lost
-        return None
-
-    def _note(self, what: What, name: str, at: Location, *, blob: str = "", why: str = "") -> None:
-        """Keep what happened to a record; a disk that refuses has not undone it."""
-        if self._journal is not None:
-            with suppress(HimError):
-                self._journal.add(what, name, at.offset, at.length, blob=blob, why=why)
-
-    def _page(self, kind: int, blob: BlobId) -> bytes:
-        found = self.read(blob)
+    def _page(self, kind: int, ref: Ref) -> bytes:
+        found = self.read(ref)
         # Its bytes are those of its name: a raw record is verified by its blob_id.
         if found.kind != kind or found.codec != codec.RAW:
-            raise IntegrityError("a page's place holds something else", object=blob.hex(), place=self.place(blob))
+            raise IntegrityError("a page's place holds something else", object=ref.hex(), place=self.place(ref))
         return bytes(found.stored)
 
     def _lent(self, blob: BlobId, name: str, at: Location) -> Blob:
         try:
             view = self.disk.view(name, at.offset, at.length)
-            return checked(layout.decode_record(view, f"{name} @ {at.offset}", blob), name)
+            place = f"{name} @ {at.offset}"
+            return opened(as_stored(layout.decode_record(view, place, blob)), blob, place)
         except IntegrityError:
             # Freed before its range was locked, or damaged: a copy of one's own then.
-            return self._read(blob, name, at)
+            return self._read(blob, blob, name, at)
 
     def _located(self, blob: BlobId, work: Callable[[str, Location], _R]) -> _R:
         try:
@@ -779,7 +789,7 @@ class WarmStore:
         except IntegrityError as error:
             if at.pack < 0 or self._journal is None:
                 raise
-            self._note("quarantined", name, at, blob=blob.hex(), why=error.message)
+            self.mender.note("quarantined", name, at.offset, at.length, blob=blob.hex(), why=error.message)
             self._learn_quarantined()
             if self._place(blob) == (name, at):
                 raise
@@ -809,17 +819,6 @@ class WarmStore:
             self.forget_addresses()
             return True
 
-    def _put_pages(self, kind: int, payloads: Sequence[bytes], meta: bytes) -> list[BlobId]:
-        blobs = [blob_id(kind, meta, payload) for payload in payloads]
-        drafts = [
-            Draft(kind, codec.RAW, blob, meta, payload, len(payload))
-            for blob, payload in zip(blobs, payloads, strict=True)
-        ]
-        self.written_pages += self._put(drafts)
-        for blob, payload in zip(blobs, payloads, strict=True):
-            self._pages.put(blob, payload, len(payload))
-        return blobs
-
     def _put(self, drafts: Sequence[Draft], *, again: bool = False) -> int:
         """Append the records whose blobs are not there yet (or all); how many."""
         with self._appending:
@@ -837,8 +836,9 @@ class WarmStore:
                     self.written_bytes += size
             return len(new)
 
-    def missing(self, blobs: Sequence[BlobId]) -> list[bool]:
+    def missing(self, refs: Sequence[Ref]) -> list[bool]:
         """Whether each blob is in no pack that may be relied on."""
+        blobs = [*map(name_of, refs)]
         with self._lock:
             if not self._addresses_loaded or self._addresses.position < self._projection.position()[0]:
                 self.refresh()
@@ -936,18 +936,17 @@ class WarmStore:
         self._addresses.condemned = frozenset(self._numbers[name] for name in self._condemned)
         self._released = head
 
-    def _relied(self, blob: BlobId) -> int:
-        if not self.missing([blob])[0]:
-            return sum(self._relied(part) for part in self.made_of(blob))
+    def _relied(self, ref: Ref) -> int:
+        if not self.missing([ref])[0]:
+            return sum(self._relied(part) for part in self.made_of(ref))
         try:
-            found = self.read(blob)
-            tile = codec.encode_payload(found.meta, self.payload(blob))
+            found = self.read(ref)
+            tile = codec.encode_payload(found.meta, self.payload(ref), self._assembly.hash_key(ref))
         except IntegrityError as error:
             raise BusyError(
-                "what this batch shares was removed meanwhile", object=blob.hex(), fix="write the batch again"
+                "what this batch shares was removed meanwhile", object=ref.hex(), fix="write the batch again"
             ) from error
-        whole = Draft(KIND_TILE, tile.codec, tile.blob_id, tile.header, tile.stored, len(tile.payload), found.origin)
-        return self._put([whole], again=True)
+        return self._put([self._assembly.whole(tile, found.origin)], again=True)
 
     def _header(self, blob: BlobId, name: str, at: Location) -> layout.RecordHeader:
         """A record's verified header; its payload is not read unless the header is damaged and has to be healed."""
@@ -963,7 +962,7 @@ class WarmStore:
 
         found = look()
         if found is None:
-            self._read(blob, name, at)
+            self._read(blob, None, name, at)
             found = look()
         if found is None:
             raise IntegrityError("a record's header is damaged", object=blob.hex(), place=place)
@@ -994,7 +993,6 @@ class WarmStore:
             if self.mend(name):
                 return self.disk.open(name)
             if self._journal is not None and name not in self._condemned:
-                with suppress(HimError):
-                    self._journal.add("quarantined", name, 0, 1, why="the pack is missing")
+                self.mender.note("quarantined", name, 0, 1, why="the pack is missing")
                 self._learn_quarantined()
             raise IntegrityError("a pack is missing", place=name) from error

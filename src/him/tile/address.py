@@ -6,7 +6,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from him.types import BlobId, TileId, TileKey, stream_frame_text
+from him.types import BlobId, Ref, Secret, TileId, TileKey, name_of, stream_frame_text
 
 KIND_TILE: Final = 1
 KIND_PAGE: Final = 2
@@ -30,12 +30,23 @@ def blob_id(kind: int, header: bytes, payload: bytes | memoryview) -> BlobId:
     The length makes the split between header and payload unambiguous, the kind keeps a page from passing
     for a tile.
     """
-    hasher = blake3(bytes([kind]) + len(header).to_bytes(4, "little") + header)
+    return BlobId(_digested(kind, header, payload, None))
+
+
+def reference(kind: int, header: bytes, payload: bytes | memoryview, hash_key: bytes | None) -> Ref:
+    """How pages refer to content: by its blob_id, or with a repository's hash key by the keyed digest of the same."""
+    digest = _digested(kind, header, payload, hash_key)
+    return BlobId(digest) if hash_key is None else Secret(digest)
+
+
+def _digested(kind: int, header: bytes, payload: bytes | memoryview, key: bytes | None) -> bytes:
+    head = bytes([kind]) + len(header).to_bytes(4, "little") + header
+    hasher = blake3(head) if key is None else blake3(head, key=key)
     hasher.update(payload)
-    return BlobId(hasher.digest())
+    return hasher.digest()
 
 
-def tile_id(key: TileKey, origin: bytes, blob: BlobId) -> TileId:
+def tile_id(key: TileKey, origin: bytes, content: Ref) -> TileId:
     """BLAKE3 over the length-prefixed `stream:frame`, origin, level, x, y and blob_id: 32 bytes."""
     parts = (
         stream_frame_text(key.stream, key.frame).encode(),
@@ -43,6 +54,6 @@ def tile_id(key: TileKey, origin: bytes, blob: BlobId) -> TileId:
         key.level.to_bytes(4, "little"),
         key.x.to_bytes(8, "little"),
         key.y.to_bytes(8, "little"),
-        blob,
+        name_of(content),
     )
     return TileId(blake3(b"".join(len(part).to_bytes(4, "little") + part for part in parts)).digest())

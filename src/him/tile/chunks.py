@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from him.config import CHUNK_BYTES_AVERAGE, CHUNK_BYTES_MAX, CHUNK_BYTES_MIN
 from him.errors import IntegrityError, UsageError
-from him.types import BlobId
+from him.types import BlobId, Ref, Secret
 
 CHUNKS: Final = 6
 """The codec number of a document stored as a list of chunks."""
@@ -40,7 +40,7 @@ _ROW: Final = np.dtype([("blob", "V32"), ("length", "<u4")])
 class Chunk(NamedTuple):
     """One chunk of a document: its blob (a document of its own) and its length in bytes."""
 
-    blob_id: BlobId
+    ref: Ref
     length: int
 
 
@@ -75,8 +75,8 @@ def encode_list(chunks: Sequence[Chunk]) -> bytes:
     return rows.tobytes()
 
 
-def decode_list(stored: bytes | memoryview, size: int) -> list[Chunk]:
-    """The chunks of a document of `size` bytes.
+def decode_list(stored: bytes | memoryview, size: int, *, encrypted: bool = False) -> list[Chunk]:
+    """The chunks of a document of `size` bytes; of an encrypted one they are, and are listed by their secrets.
 
     Whether each blob holds its `length` bytes, and all of them the document, its blob_id tells.
 
@@ -91,7 +91,8 @@ def decode_list(stored: bytes | memoryview, size: int) -> list[Chunk]:
     if beyond or int(lengths.sum(dtype=np.int64)) != size:
         raise IntegrityError(f"the {len(rows)} lengths of a chunk list do not make a document of {size} bytes")
     blobs: list[bytes] = rows["blob"].tolist()
-    return [Chunk(BlobId(blob), length) for blob, length in zip(blobs, lengths.tolist(), strict=True)]
+    kind = Secret if encrypted else BlobId
+    return [Chunk(kind(blob), length) for blob, length in zip(blobs, lengths.tolist(), strict=True)]
 
 
 def _next_end(strict: list[int], loose: list[int], start: int, size: int) -> int:

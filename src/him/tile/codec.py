@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from him.config import COMPRESSION_SAMPLE_BYTES, RAW_BELOW_RATIO, TILE_BYTES_MAX, ZSTD_LEVEL
 from him.errors import IntegrityError, LimitError, UsageError, VersionError
-from him.tile.address import KIND_TILE, blob_id
-from him.types import BlobId
+from him.tile.address import KIND_TILE, blob_id, reference
+from him.types import BlobId, Ref
 
 RAW: Final = 0
 ZSTD: Final = 1
@@ -71,7 +71,7 @@ class TileHeader(msgspec.Struct, frozen=True, array_like=True):
 class EncodedTile(msgspec.Struct, frozen=True):
     """A tile ready to be stored; `payload` and what is stored raw may be views of an array (see `encode_array`)."""
 
-    blob_id: BlobId
+    ref: Ref
     header: bytes
     codec: int
     stored: bytes | memoryview
@@ -79,8 +79,9 @@ class EncodedTile(msgspec.Struct, frozen=True):
 
 
 def encode_array(
-    array: Array, *, quantise: str = "", borrow: bool = False, buffer: Callable[[int], memoryview] | None = None
-) -> EncodedTile:
+    array: Array, *, quantise: str = "", borrow: bool = False, buffer: Callable[[int], memoryview] | None = None,
+    hash_key: bytes | None = None,
+) -> EncodedTile:  # fmt: skip
     """Encode an array of 1–4 dimensions.
 
     Args:
@@ -92,6 +93,7 @@ def encode_array(
             tile that has that content would be taken for stored.
         buffer: gives memory of a size to copy into, which is used again once nothing refers to it: memory that is new
             to the process costs more than the copy.
+        hash_key: of a tile that is to be encrypted.
 
     Raises:
         UsageError: a dtype or number of dimensions that cannot be stored.
@@ -107,24 +109,24 @@ def encode_array(
     payload: bytes | memoryview = whole.reshape(-1).view(np.uint8).data
     if not borrow and np.may_share_memory(whole, array):
         payload = bytes(payload) if buffer is None else _copied(payload, buffer(whole.nbytes))
-    return _encode(header, payload, itemsize=whole.itemsize)
+    return _encode(header, payload, whole.itemsize, hash_key)
 
 
-def encode_bytes(document: bytes) -> EncodedTile:
+def encode_bytes(document: bytes, hash_key: bytes | None = None) -> EncodedTile:
     """Encode an opaque document. Raises LimitError above TILE_BYTES_MAX."""
     if len(document) > TILE_BYTES_MAX:
         raise LimitError(f"a document holds at most {TILE_BYTES_MAX} bytes; got {len(document)}")
-    return _encode(TileHeader("bytes", (len(document),)), document, itemsize=1)
+    return _encode(TileHeader("bytes", (len(document),)), document, 1, hash_key)
 
 
-def encode_payload(header: bytes, payload: bytes | memoryview) -> EncodedTile:
+def encode_payload(header: bytes, payload: bytes | memoryview, hash_key: bytes | None = None) -> EncodedTile:
     """Encode a tile that is given in its canonical form.
 
     Raises:
         UsageError: a header that this software would write otherwise: its content would have two names.
     """
     head = parse_header(header)
-    tile = _encode(head, payload, itemsize=1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize)
+    tile = _encode(head, payload, 1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize, hash_key)
     if tile.header != header:
         raise UsageError(
             "the tile's header is not in its canonical form", fix="encode it as MessagePack, shortest form"
@@ -287,10 +289,10 @@ def _copied(source: memoryview, target: memoryview) -> memoryview:
     return target.toreadonly()
 
 
-def _encode(header: TileHeader, payload: bytes | memoryview, itemsize: int) -> EncodedTile:
+def _encode(header: TileHeader, payload: bytes | memoryview, itemsize: int, hash_key: bytes | None) -> EncodedTile:
     head = msgspec.msgpack.encode(header)
     codec, stored = compress(payload, itemsize)
-    return EncodedTile(blob_id(KIND_TILE, head, payload), head, codec, stored, payload)
+    return EncodedTile(reference(KIND_TILE, head, payload, hash_key), head, codec, stored, payload)
 
 
 def _payload_size(head: TileHeader) -> int:
