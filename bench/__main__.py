@@ -9,7 +9,7 @@ from bench.measure import show
 
 NAMES = (
     *("goals", "latency", "change", "codecs", "read_screen", "read_kv", "ingest", "lookup", "delta"),
-    *("pyramid", "large", "commits", "kv", "evict", "tiers", "cold", "collect", "damage", "parity", "sim"),
+    *("pyramid", "large", "commits", "kv", "evict", "tiers", "cold", "collect", "damage", "parity", "sim", "keys"),
 )
 
 

@@ -17,6 +17,7 @@ from him.tier.care import Event, Journal
 from him.tier.protect import OFF, Made, ParityStatus, Shape
 from him.tier.scrub import Pace, Scrubbed, Scrubber
 from him.tier.warm import WarmStore
+from him.types import MALFORMED
 
 PARITY: Final = "parity.json"
 _SETTINGS_BYTES_MAX: Final = 4096
@@ -52,7 +53,7 @@ def shape_of(disk: Disk) -> Shape | None:
         return None
     try:
         return msgspec.json.decode(data, type=_Settings).shape()
-    except (msgspec.MsgspecError, UsageError) as error:
+    except (*MALFORMED, UsageError) as error:
         raise VersionError(f"{PARITY} was written by newer software ({error})", object=PARITY, place=PARITY) from error
 
 

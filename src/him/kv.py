@@ -32,7 +32,7 @@ from him.pyramid import directory
 from him.pyramid.update import Cell
 from him.tier.warm import WarmStore
 from him.tile.codec import DTYPES, dtype_name
-from him.types import Frame, Ref, StreamSpec, TileKey, checked_name, name_of
+from him.types import MALFORMED, Frame, Ref, StreamSpec, TileKey, checked_name, name_of
 
 Array = NDArray[np.generic]
 TokenIds = Sequence[int] | NDArray[np.integer]
@@ -271,7 +271,7 @@ def _record(reader: SnapshotReader, name: str) -> _Record:
 def _parsed(document: bytes, name: str) -> _Record:
     try:
         found = msgspec.msgpack.decode(document, type=_Record)
-    except (msgspec.MsgspecError, UnicodeDecodeError, UsageError) as error:
+    except (*MALFORMED, UsageError) as error:
         raise IntegrityError(f"the record of a KV cache does not parse: {error}", object=name) from error
     if found.version != _VERSION:
         raise VersionError(f"the record of a KV cache has version {found.version}, this software knows {_VERSION}")

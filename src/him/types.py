@@ -46,6 +46,9 @@ SnapshotId = NewType("SnapshotId", str)
 SNAPSHOT_PREFIX: Final = "snp_"
 TILE_PREFIX: Final = "tl_"
 TRACE_PREFIX: Final = "tr_"
+MALFORMED: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError)
+"""What decoding raises of bytes that are no value of a type: no such members, text that is not UTF-8, arrays within
+arrays without end, and integers that cannot be written again."""
 _CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 _ULID_LENGTH: Final = 26
 _NAME_BYTES_MAX: Final = 255

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from him.crypto import KEY_BYTES, unwrap, wrap
 from him.errors import ConflictError, IntegrityError, KeyNeededError, NotFoundError, StorageError, UsageError
 from him.ports import Disk, File, Rng
-from him.types import HashKey, KeyEntry
+from him.types import MALFORMED, HashKey, KeyEntry
 
 _MAGIC: Final = b"HIMKEYS\x01"
 _HEAD: Final = len(_MAGIC) + 32
@@ -26,7 +26,12 @@ _SALT_BYTES: Final = 16
 _MEMORY_KIB: Final = 64 * 1024
 _ITERATIONS: Final = 3
 _LANES: Final = 4
-_MEMORY_KIB_MAX: Final = 4 * 1024 * 1024
+_LANES_MAX: Final = 64
+_SALT_BYTES_LEAST: Final = 8
+_MEMORY_KIB_MAX: Final = 512 * 1024
+"""What a file may ask for before anything tells that it is ours: eight times what is written."""
+_WORK_KIB_MAX: Final = 4 * 1024 * 1024
+"""Memory times passes: some ten seconds."""
 
 
 class Wrapping(Protocol):
@@ -48,6 +53,16 @@ class _Wrapped(msgspec.Struct, frozen=True, array_like=True):
     lanes: int
     key: bytes
 
+    @property
+    def possible(self) -> bool:
+        """Whether a derivation is within the limits, ours and those of RFC 9106 (eight blocks a lane)."""
+        return (
+            len(self.salt) >= _SALT_BYTES_LEAST
+            and 0 < self.lanes <= _LANES_MAX
+            and 8 * self.lanes <= self.memory_kib <= _MEMORY_KIB_MAX
+            and 0 < self.iterations <= _WORK_KIB_MAX // self.memory_kib
+        )
+
 
 class Passphrase:
     """Wraps with a key that Argon2id makes of a passphrase: 64 MiB, three passes, four lanes (RFC 9106, section 4)."""
@@ -68,9 +83,9 @@ class Passphrase:
         """The key. Raises KeyNeededError for another passphrase, IntegrityError for what is none of ours."""
         try:
             found = msgspec.msgpack.decode(wrapped, type=_Wrapped)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise IntegrityError(f"the key ring does not parse ({error})") from error
-        if not 0 < found.memory_kib <= _MEMORY_KIB_MAX or not 0 < found.iterations <= 64 or not 0 < found.lanes <= 64:
+        if not found.possible:
             raise IntegrityError("the key ring asks for an impossible derivation")
         try:
             return unwrap(self._key(found.salt, found.memory_kib, found.iterations, found.lanes), about, found.key)
@@ -194,7 +209,7 @@ class KeyFile:
         key = self._wrapping.unwrap(found.wrapped, about)
         try:
             body = msgspec.msgpack.decode(unwrap(key, about, found.body), type=_Body)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise IntegrityError(f"the key ring does not parse ({error})", place=self._name) from error
         self._take(data, key, body)
 
@@ -206,7 +221,7 @@ class KeyFile:
             raise NotFoundError("there is no key ring", place=self._name, fix=fix) from error
         try:
             head = file.read_at(0, _HEAD)
-            return head if head == self._seen else head + file.read_at(_HEAD, min(file.size(), _BYTES_MAX) - _HEAD)
+            return head if head == self._seen else head + file.read_at(_HEAD, _BYTES_MAX)
         finally:
             file.close()
 
@@ -240,5 +255,5 @@ def _decoded(data: bytes, name: str) -> _File:
         raise IntegrityError("the key ring is damaged", place=name, fix="put back a copy; without it nothing opens")
     try:
         return msgspec.msgpack.decode(data[_HEAD:], type=_File)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise IntegrityError(f"the key ring does not parse ({error})", place=name) from error

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import tokenize
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 
 from him.errors import UsageError
 
+_HEADER_ERRORS: Final = (SyntaxError, tokenize.TokenError, TypeError, OverflowError, RecursionError, MemoryError)
+"""What numpy raises beside of a header that is no Python literal, or of sizes that nothing has."""
 _HOLE_BYTES: Final = 64 * 1024
 """In shorter runs nobody looks for holes."""
 
@@ -23,9 +27,11 @@ class NpyFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            # Checks the header and that the file is long enough; no value is touched.
-            mapped = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError, EOFError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Of headers that Python 2 wrote.
+                # Checks the header and that the file is long enough; no value is touched.
+                mapped = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError, EOFError, *_HEADER_ERRORS) as error:
             raise self._unreadable(str(error)) from error
         self.shape: tuple[int, ...] = mapped.shape
         self.dtype: np.dtype[np.generic] = mapped.dtype

@@ -1,7 +1,9 @@
 """Image files to pixels through Pillow, which refuses truncated files (OpenCV fills them with grey)."""
 
 import io
+import struct
 import warnings
+import zlib
 from typing import Final
 
 import numpy as np
@@ -12,6 +14,13 @@ from him.config import IMAGE_FILE_BYTES_MAX, IMAGE_PIXELS_MAX
 from him.errors import LimitError, UsageError
 
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
+
+
+UNREADABLE: Final = (
+    OSError, EOFError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError,
+    RecursionError, struct.error, zlib.error,
+)  # fmt: skip
+"""What Pillow raises of damaged pictures: its readers of metadata check little."""
 
 
 class PillowDecoder:
@@ -38,7 +47,7 @@ class PillowDecoder:
             raise UsageError("not a picture", object=name, fix=f"give a {', '.join(FORMATS)} file") from error
         except Image.DecompressionBombError as error:
             raise LimitError(f"the picture has too many pixels ({error})", object=name) from error
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise UsageError(f"the picture cannot be read ({error})", object=name, fix="save it again") from error
 
 

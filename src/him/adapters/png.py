@@ -6,6 +6,7 @@ last row before them, are a small PNG again, which Pillow decodes as it would ha
 
 import io
 import struct
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from him.adapters.pillow import rgb
+from him.adapters.pillow import UNREADABLE, rgb
 from him.config import (
     IMAGE_BAND_BYTES,
     IMAGE_FILE_BYTES_MAX,
@@ -113,8 +114,13 @@ class PngFile:
             at += 12 + length
         self._check_rows(_Rows(self, data))
         self._rows = _Rows(self, data)
-        with self._small([b"\0" + self._last]) as picture:
-            if picture.getexif().get(_ORIENTATION, _UPRIGHT) != _UPRIGHT:
+        with warnings.catch_warnings(), self._small([b"\0" + self._last]) as picture:
+            try:
+                warnings.simplefilter("ignore")  # Pillow warns of EXIF it cannot read, and goes on.
+                orientation = picture.getexif().get(_ORIENTATION, _UPRIGHT)
+            except UNREADABLE as error:
+                raise self.unreadable(f"its EXIF cannot be read, {error}") from error
+            if orientation != _UPRIGHT:
                 raise UsageError(
                     "a picture this large is not turned", object=str(self._path), fix="save it upright, without EXIF"
                 )
@@ -166,7 +172,7 @@ class PngFile:
         with self._small([b"\0" + self._last, self._rows.read(len(out) * size)]) as picture:
             try:
                 picture.load()
-            except (OSError, SyntaxError, ValueError) as error:
+            except UNREADABLE as error:
                 raise self.unreadable(str(error)) from error
             self._last = picture.crop((0, len(out), out.shape[1], len(out) + 1)).tobytes()
             out[...] = rgb(picture)[1:]
@@ -181,7 +187,7 @@ class PngFile:
         data = [_SIGNATURE, _chunk(b"IHDR", header), self._meta, _chunk(b"IDAT", body), _chunk(b"IEND", b"")]
         try:
             return Image.open(io.BytesIO(b"".join(data)), formats=("PNG",))
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             raise self.unreadable(str(error)) from error
 
     def _chunk(self, at: int) -> tuple[bytes, int, bytes]:

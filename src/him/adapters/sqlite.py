@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from him.errors import StorageError
 from him.types import (
+    MALFORMED,
     AttributeSet,
     Batch,
     CommitRecord,
@@ -452,7 +453,7 @@ def _encode(value: msgspec.Struct) -> bytes:
 def _decode(body: bytes, kind: type[_Struct]) -> _Struct:
     try:
         return msgspec.msgpack.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise StorageError(f"a cache file is damaged ({error})", place="cache", fix=_FIX) from error
 
 

@@ -19,6 +19,7 @@ from blake3 import blake3
 from him.errors import HimError, IntegrityError, VersionError
 from him.ports import CommitLog
 from him.types import (
+    MALFORMED,
     AttributeSet,
     Batch,
     CommitRecord,
@@ -213,7 +214,7 @@ def decode(body: bytes, seq: int) -> LiveState:
     """Inverse of `encode`, of a body whose digest holds. Raises VersionError."""
     try:
         return _decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise VersionError(
             f"a checkpoint says what newer software does ({error})", object=f"checkpoint {seq}"
         ) from error

@@ -26,7 +26,7 @@ from him.catalog.checkpoint import HEAD_BYTES, Mark
 from him.config import CHECKPOINT_BYTES_MAX, CHECKPOINTS_KEPT, LOG_RECORD_BYTES_MAX
 from him.errors import HimError, IntegrityError, LimitError, NotFoundError, StorageError, VersionError
 from him.ports import Disk, File
-from him.types import CommitRecord, Operation
+from him.types import MALFORMED, CommitRecord, Operation
 
 LOG_PATH: Final = "log/000001.log"
 END_PATH: Final = "log/end"
@@ -197,6 +197,9 @@ class FileLog:
         seq, offset, before = self._last
         if body is None:
             return seq
+        if offset > self._file.size():
+            # Written there the record would stand behind a hole.
+            raise self._broken(seq, offset)
         if len(body) > LOG_RECORD_BYTES_MAX:
             raise LimitError(f"a commit record holds at most {LOG_RECORD_BYTES_MAX} bytes; got {len(body)}")
         head = _HEAD.pack(_MAGIC, len(body), seq + 1, before) + body
@@ -381,7 +384,7 @@ def parsed(seq: int, body: bytes) -> CommitRecord:
     """
     try:
         return _decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise VersionError(
             f"a commit record holds {_news(body, error)}", object=f"record {seq}", place=LOG_PATH
         ) from error
@@ -394,7 +397,7 @@ def _news(body: bytes, error: Exception) -> str:
         names = {str(operation[0])[:40] for operation in operations}
         if unknown := sorted(names - _KNOWN):
             return f"operations of newer software: {', '.join(unknown)}"
-    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, TypeError, IndexError, KeyError):
+    except (*MALFORMED, ValueError, TypeError, IndexError, KeyError):
         pass
     return f"what newer software says ({error})"
 

@@ -13,6 +13,7 @@ from him.config import REPOSITORY_FORMAT
 from him.errors import IntegrityError, VersionError
 from him.sealed import holds, sealed
 from him.types import (
+    MALFORMED,
     DirectoryWrapped,
     Operation,
     PackCondemned,
@@ -74,7 +75,7 @@ def parsed(data: bytes, place: str) -> Marker:
                 raise IntegrityError(f"{MARKER} is damaged", object=MARKER, place=place, fix=REWRITE)
         if len(bytes.fromhex(marker.repository_id).hex()) != _ID_DIGITS:
             raise ValueError("an id of another length")
-    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (*MALFORMED, ValueError) as error:
         raise IntegrityError(f"{MARKER} does not parse ({error})", object=MARKER, place=place, fix=REWRITE) from error
     return marker
 

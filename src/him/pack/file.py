@@ -12,7 +12,7 @@ from him.pack import format as layout
 from him.pack import merkle
 from him.ports import File
 from him.tile.address import KIND_FOOTER, KIND_INDEX, blob_id
-from him.types import BlobId, PackFinished, PackRange
+from him.types import MALFORMED, BlobId, PackFinished, PackRange
 
 _READ_AHEAD: Final = 64 * 1024
 
@@ -136,7 +136,7 @@ def read_index(file: File, named: PackRange) -> layout.Rows:
     record = read_record(file, named.pack, named.index_offset, named.end - named.index_offset)
     try:
         start, _, merkle_root = msgspec.msgpack.decode(record.meta, type=tuple[int, int, bytes])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except MALFORMED:
         start, merkle_root = -1, b""
     if record.header.kind != KIND_INDEX or start != named.start or merkle_root != named.merkle_root:
         raise IntegrityError("the index record is not the one committed", place=place)

@@ -18,7 +18,7 @@ from him.errors import IntegrityError, VersionError
 from him.pack import galois
 from him.pack.galois import Bytes
 from him.ports import ErasureCode, File
-from him.types import PackFinished
+from him.types import MALFORMED, PackFinished
 
 SUFFIX: Final = ".parity"
 _MAGIC: Final = b"HIMPRTY\x01"
@@ -50,7 +50,7 @@ class Group(msgspec.Struct, frozen=True, array_like=True):
     @property
     def size(self) -> int:
         """Bytes of the largest member, which are those of each parity file's chunks."""
-        return max(member.size for member in self.members)
+        return max((member.size for member in self.members), default=0)
 
     @property
     def rows(self) -> int:
@@ -134,7 +134,10 @@ def read_head(file: File, name: str, repository_id: bytes) -> ParityFile:
         raise IntegrityError("what a parity file says of itself is damaged", object=name, place=f"{name} @ 0")
     if version > _VERSION:
         raise VersionError("the parity file was written by newer software", object=name, place=name)
-    found = msgspec.msgpack.decode(table, type=Group)
+    try:
+        found = msgspec.msgpack.decode(table, type=Group)
+    except MALFORMED as error:
+        raise IntegrityError(f"the table of a parity file does not parse ({error})", object=name, place=name) from error
     packs = [PackFinished(member.name, member.size, member.merkle_root) for member in found.members]
     fits = (len(found.members), len(found.parity), found.size) == (count, extra, covered) and index < extra
     own = (repository, group) == (repository_id, group_id(repository_id, packs, extra))

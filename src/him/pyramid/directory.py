@@ -16,11 +16,11 @@ from typing import Final
 import msgspec
 from blake3 import blake3
 
-from him.config import DIRECTORY_FANOUT, DIRECTORY_LEAF_RECORDS
+from him.config import DIRECTORY_FANOUT, DIRECTORY_LEAF_RECORDS, FRAME_CELLS_MAX
 from him.errors import IntegrityError, VersionError
-from him.pyramid.page import PageStore
+from him.pyramid.page import PageStore, root_height
 from him.tile.address import KIND_DIRECTORY
-from him.types import BlobId, Frame, Ref, Secret
+from him.types import MALFORMED, BlobId, Frame, Ref, Secret
 
 FrameKey = tuple[str, str]
 """(stream, frame name)."""
@@ -32,6 +32,8 @@ _INNER: Final = b"HDI\x01"
 _ENCRYPTED_LEAF: Final = b"HDL\x02"
 _ENCRYPTED_INNER: Final = b"HDI\x02"
 _CHILD: Final = 40
+_HASH: Final = 32
+_HEIGHT_MAX: Final = root_height(FRAME_CELLS_MAX, FRAME_CELLS_MAX)
 _ROOT: Final = Frame.__struct_fields__.index("root")
 
 
@@ -173,8 +175,10 @@ def _parse(payload: bytes) -> Node:
     if magic in (_LEAF, _ENCRYPTED_LEAF):
         try:
             frames = msgspec.msgpack.decode(body, type=tuple[Frame, ...])
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except MALFORMED as error:
             raise IntegrityError(f"directory leaf does not parse: {error}") from error
+        if not all(map(_possible, frames)):
+            raise IntegrityError("a directory leaf names a frame that cannot be")
         return frames if magic == _LEAF else tuple(map(_with_secret, frames))
     bitmap, flag = int.from_bytes(body[:2], "little"), int(magic == _ENCRYPTED_INNER)
     size = flag + _CHILD
@@ -184,6 +188,16 @@ def _parse(payload: bytes) -> Node:
     rows = [body[at : at + size] for at in range(4, len(body), size)]
     counted = [(_child(row[flag:-8], row[:flag]), int.from_bytes(row[-8:], "little")) for row in rows]
     return MappingProxyType(dict(zip(present, counted, strict=True)))
+
+
+def _possible(frame: Frame) -> bool:
+    """Whether its sizes are ones a frame can have: what reads it divides by them, and walks as deep as they say."""
+    sides = frame.height, frame.width, frame.channels, frame.halo
+    return (
+        min(sides) >= 0 < min(frame.tile_height, frame.tile_width)
+        and 0 <= frame.root_height <= _HEIGHT_MAX
+        and len(frame.root) in (0, _HASH)
+    )
 
 
 def _with_secret(frame: Frame) -> Frame:

@@ -28,7 +28,7 @@ from him.tile import codec
 from him.tile.address import KIND_COMPANION, reference
 from him.tile.codec import EncodedTile
 from him.tile.downsample import tail_at
-from him.types import BlobId, Box, Entry, Frame, Ref
+from him.types import MALFORMED, BlobId, Box, Entry, Frame, Ref
 
 Array = NDArray[np.generic]
 T = TypeVar("T")
@@ -204,7 +204,7 @@ def decode(store: PageStore, blob: BlobId) -> Companion:
     """Parse a companion. Raises IntegrityError."""
     try:
         return msgspec.msgpack.decode(store.page(KIND_COMPANION, blob), type=Companion)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise IntegrityError(f"a companion page does not parse: {error}", object=blob.hex()) from error
 
 

@@ -12,7 +12,7 @@ from him.config import EMBEDDING_DIMS
 from him.errors import IntegrityError, NotFoundError, VersionError
 from him.index import FrameScene, SnapshotRows
 from him.perception.scene import SCENE_VERSION
-from him.types import Entry, Scene, TileKey
+from him.types import MALFORMED, Entry, Scene, TileKey
 
 _SCENES_KEPT: Final = 4096
 _SNAPSHOTS_KEPT: Final = 16
@@ -70,7 +70,7 @@ def _parsed(reader: SnapshotReader, name: str, *, with_vectors: bool) -> FrameSc
                 f"the scene has version {version}, this software knows {SCENE_VERSION}", object=f"scene:{name}"
             )
         scene = msgspec.json.decode(document, type=Scene)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise IntegrityError(f"a scene does not parse: {error}", object=f"scene:{name}") from error
     vectors = np.zeros((0, EMBEDDING_DIMS), dtype=np.int8)
     if with_vectors:

@@ -13,7 +13,7 @@ from blake3 import blake3
 from him.crypto import unwrap, wrap
 from him.errors import HimError, IntegrityError, NotFoundError, ShreddedError, UsageError, VersionError
 from him.ports import Disk
-from him.types import TRACE_PREFIX, BlobId, Fault, Ref, Secret
+from him.types import MALFORMED, TRACE_PREFIX, BlobId, Fault, Ref, Secret
 
 FOLDER: Final = "spool"
 _VERSION: Final = 1
@@ -225,7 +225,7 @@ def load(disk: Disk, trace_id: str, key_of: Callable[[bytes], bytes | None] = la
         raise ShreddedError("the trace was shredded with its snapshot", object=trace_id, place=path)
     try:
         body = msgspec.json.decode(unwrap(key, trace_id.encode(), found.body), type=_Body)
-    except (IntegrityError, msgspec.MsgspecError) as error:
+    except (IntegrityError, *MALFORMED) as error:
         raise IntegrityError(f"the trace does not decrypt ({error})", object=trace_id, place=path) from error
     return body.trace, Secret(_hex(body.secret, trace_id, path))
 
@@ -257,7 +257,7 @@ def _parsed(data: bytes, trace_id: str, path: str) -> Trace | _Encrypted:
                 f"the trace has version {version}, this software knows {_VERSION}", object=trace_id, place=path
             )
         return msgspec.json.decode(data, type=Trace)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise IntegrityError(f"the trace does not parse ({error})", object=trace_id, place=path) from error
 
 
@@ -265,7 +265,7 @@ def _altered(data: bytes) -> bool:
     """Whether this is a trace of ours whose version alone was changed."""
     try:
         return msgspec.structs.replace(msgspec.json.decode(data, type=Trace), version=_VERSION).whole
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except MALFORMED:
         return False
 
 

@@ -19,6 +19,7 @@ from him.config import COLD_PART_BYTES
 from him.errors import ConflictError, IntegrityError, NotFoundError, UnavailableError
 from him.ports import Disk, ObjectStore
 from him.tier import lines
+from him.types import MALFORMED
 
 _LOG_KNOWN: Final = "cold/log"
 _OWNERS: Final = "owners/"
@@ -151,7 +152,7 @@ def _owner(cold: ObjectStore, generation: int) -> _Owner:
     name = _owner_name(generation)
     try:
         return msgspec.json.decode(cold.get(name, _SMALL_OBJECT_MAX), type=_Owner)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise IntegrityError(f"an owner of the cold tier does not parse: {error}", object=name, place=name) from error
 
 
@@ -246,7 +247,7 @@ class LogCopy:
             data = file.read_at(0, file.size())
             file.close()
             last, end = msgspec.json.decode(data, type=tuple[int, int])
-        except (NotFoundError, msgspec.MsgspecError):
+        except (NotFoundError, *MALFORMED):
             return self._claim.begins
         there = self._cold.size(_piece_name(generation, last)) == end - last
         return end if there and last >= self._claim.begins else self._claim.begins

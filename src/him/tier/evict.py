@@ -34,6 +34,7 @@ from him.config import (
     PIN_WINDOW_MINUTES,
     TOUCH_GRAIN_NS,
 )
+from him.types import MALFORMED
 
 Extent = tuple[int, int]
 """Pack number (its rank in the log) and the extent's rank in the pack; all extents are of one size."""
@@ -307,7 +308,7 @@ def _parsed(data: bytes) -> _Hotness | None:
         return None
     try:
         found = _decoder.decode(data[head:])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except MALFORMED:
         return None
     rows = [*found.small, *found.main, *found.pinned]
     sound = (

@@ -7,6 +7,7 @@ import msgspec
 from blake3 import blake3
 
 from him.ports import File
+from him.types import MALFORMED
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
@@ -24,7 +25,7 @@ def decode(line: bytes, kind: type[_T]) -> _T | None:
         return None
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except MALFORMED:
         return None
 
 

@@ -9,6 +9,7 @@ from blake3 import blake3
 from him.config import PINS_BYTES_MAX
 from him.errors import LimitError, NotFoundError
 from him.ports import Disk
+from him.types import MALFORMED
 
 PinsByPack = dict[str, dict[int, int]]
 """Pack → extent → until when, in ns since 1970."""
@@ -88,7 +89,7 @@ def _parsed(data: bytes) -> PinsByPack:
         return {}
     try:
         rows = msgspec.msgpack.decode(data[_DIGEST:], type=_Rows)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except MALFORMED:
         return {}
     return {
         pack: {extent: until for first, last, until in found for extent in range(first, last + 1)}

@@ -12,6 +12,7 @@ from him.errors import IntegrityError, NotFoundError, VersionError
 from him.ports import Disk
 from him.sealed import holds, sealed
 from him.tier.cold import Claim
+from him.types import MALFORMED
 
 TIER: Final = "tier.json"
 _BYTES_MAX: Final = 64 * 1024
@@ -62,6 +63,6 @@ def tier_settings(disk: Disk) -> TierSettings | None:
             known = ", ".join(sorted(unknown))
             raise VersionError(f"{TIER} was written by newer software: it says {known}", object=TIER, place=TIER)
         settings = msgspec.json.decode(msgspec.json.encode(members), type=TierSettings)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise IntegrityError(f"{TIER} is damaged ({error})", object=TIER, place=TIER, fix=_FIX) from error
     return settings

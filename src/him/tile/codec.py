@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from him.config import COMPRESSION_SAMPLE_BYTES, RAW_BELOW_RATIO, TILE_BYTES_MAX, ZSTD_LEVEL
 from him.errors import IntegrityError, LimitError, UsageError, VersionError
 from him.tile.address import KIND_TILE, blob_id, reference
-from him.types import BlobId, Ref
+from him.types import MALFORMED, BlobId, Ref
 
 RAW: Final = 0
 ZSTD: Final = 1
@@ -45,6 +45,7 @@ _STORED_AS: Final = {"fp16": "float16", "int8": "int8", "fp8": "float8_e4m3fn"}
 _LARGEST: Final = {"int8": 127.0, "fp8": 448.0}
 _FP16_RANGE: Final = (2.0**-14, 65504.0)
 """Smallest normal and largest float16: a tile or channel whose peak lies within loses at most 2^-11 of it."""
+_AXES_MAX: Final = 4
 _SCALE_ROWS_MIN: Final = 64
 """From here on an int8 scale for each column costs at most 1/16 of the values."""
 _SCALES_MAX: Final = 2**17
@@ -189,7 +190,7 @@ def parse_header(header: bytes) -> TileHeader:
     """The header behind its bytes. Raises IntegrityError."""
     try:
         return msgspec.msgpack.decode(header, type=TileHeader)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise IntegrityError(f"tile header does not parse: {error}") from error
 
 
@@ -296,13 +297,17 @@ def _encode(header: TileHeader, payload: bytes | memoryview, itemsize: int, hash
 
 
 def _payload_size(head: TileHeader) -> int:
-    if any(name != "bytes" and name not in DTYPES for name in (head.dtype, head.logical or head.dtype)):
-        raise VersionError(f"the tile has a dtype of newer software, {head.dtype!r} {head.logical!r}")
-    size = (1 if head.dtype == "bytes" else DTYPES[head.dtype].itemsize) * math.prod(head.shape)
-    if min(head.shape, default=-1) < 0 or size > TILE_BYTES_MAX:
-        raise IntegrityError(f"tile header names {size} bytes")
+    names = head.dtype, head.logical or head.dtype
+    if any(name != "bytes" and name not in DTYPES for name in names):
+        raise VersionError(f"the tile has a dtype of newer software, {head.dtype[:40]!r} {head.logical[:40]!r}")
+    least = int(head.dtype != "bytes")
+    if len(head.shape) > _AXES_MAX or not all(least <= side <= TILE_BYTES_MAX for side in head.shape) or not head.shape:
+        raise IntegrityError(f"tile header names shape {head.shape[: _AXES_MAX + 1]}")
+    size, whole = (math.prod(head.shape) * (1 if name == "bytes" else DTYPES[name].itemsize) for name in names)
+    if max(size, whole) > TILE_BYTES_MAX:
+        raise IntegrityError(f"tile header names {max(size, whole)} bytes")
     if head.quantise not in ("", *_STORED_AS):
-        raise VersionError(f"the tile is quantised as newer software does, {head.quantise!r}")
+        raise VersionError(f"the tile is quantised as newer software does, {head.quantise[:40]!r}")
     if head.quantise and (head.dtype, head.logical in _FLOATS) != (_STORED_AS.get(head.quantise), True):
         raise IntegrityError(f"tile header names {head.quantise!r} of {head.logical!r} as {head.dtype!r}")
     if head.quantise in _LARGEST and len(head.scales) not in (4 * math.prod(one) for one in _channels(head.shape)):

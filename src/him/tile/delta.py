@@ -35,7 +35,7 @@ from him.errors import IntegrityError, LimitError, UsageError
 from him.tile import codec as tile_codec
 from him.tile.address import KIND_TILE, blob_id
 from him.tile.codec import DTYPES, RAW, SHUFFLE_ZSTD, ZSTD, TileHeader
-from him.types import TILE_PREFIX, BlobId, TileId, tile_id_text
+from him.types import MALFORMED, TILE_PREFIX, BlobId, TileId, tile_id_text
 
 BLOCKS: Final = 3
 """A bitmap of changed blocks and their new bytes."""
@@ -314,7 +314,7 @@ def unpack(data: Bytes) -> ClientDelta:
         raise LimitError(f"a client's delta of {len(data)} bytes", fix="send the tile in full")
     try:
         given = msgspec.msgpack.decode(data, type=ClientDelta)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise UsageError(f"not a client's delta: {error}") from error
     _check_form(given)
     return given
