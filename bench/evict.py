@@ -107,10 +107,10 @@ def _examples(*, tiny: bool) -> Trace:
         store = repo._store
         read, packs = store._read, dict[str, int]()
 
-        def noted(blob, name, at, **more):
+        def noted(blob, ref, name, at, **more):
             pack = packs.setdefault(name, len(packs))
             found.extend((pack, piece) for piece in range(at.offset >> 12, (at.offset + at.length - 1 >> 12) + 1))
-            return read(blob, name, at, **more)
+            return read(blob, ref, name, at, **more)
 
         store._read = noted
         for _ in range(2 if tiny else 10):

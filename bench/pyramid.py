@@ -138,9 +138,9 @@ def _stored(whole: Array) -> Rows:
     name, side = f"{whole.dtype.name} {whole.shape[0]}²", whole.shape[0] // TILE
     derived, count = levels.tile_of, [0]
 
-    def counted(values: Array, *, compress: bool) -> Any:
+    def counted(values: Array, hash_key: bytes | None, *, compress: bool) -> Any:
         count[0] += 1
-        return derived(values, compress=compress)
+        return derived(values, hash_key, compress=compress)
 
     with tempfile.TemporaryDirectory() as folder, him.open(f"{folder}/memory.him", create=True) as repo:
         repo.declare_stream(StreamSpec("plane", dtype=whole.dtype.name, level_rule="mean"))
